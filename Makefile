@@ -45,7 +45,8 @@ clean:           ## remove what the other targets made, the environment too
 # torch goes first and alone: left to itself, pip may swap it for a newer and much larger build.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"rankwise needs Python 3.11 or newer, found {v[0]}.{v[1]}; say: make PYTHON=python3.12")'
+	@echo "setting up .venv (once; a minute or two)"
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
+	$(BIN)/python -m pip install -qq -c constraints.txt torch
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[all]'
 	@touch $@
