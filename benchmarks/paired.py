@@ -13,7 +13,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +39,7 @@ class Rounds:
     faults: dict[str, list[int]] = field(default_factory=dict)
 
 
-def measure(variants: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> Rounds:
+def measure(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> Rounds:
     """Time every variant once a round, in an order drawn anew each round."""
     out = Rounds(*({name: [] for name in variants} for _ in range(3)))
     order, shuffle = list(variants), random.Random(0)
@@ -100,7 +100,7 @@ def conditions(*packages: str) -> dict[str, object]:
     }
 
 
-def write(name: str, result: dict[str, object]) -> Path:
+def write(name: str, result: Mapping[str, object]) -> Path:
     """Store a result as benchmarks/results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

@@ -9,6 +9,7 @@ import copy
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import peft
 import torch
@@ -62,11 +63,11 @@ def with_rankwise(base: LlamaForCausalLM, rank: int, twin: nn.Module) -> nn.Modu
     """Attach LoRA with the factors of the PEFT model, so that both compute one function."""
     model = copy.deepcopy(base)
     adapter = rw.attach(model, rw.recipe("lora", rank=rank, sites=TARGETS))
+    theirs = twin.state_dict()
     with torch.no_grad():
         for site, factors in adapter.items():
-            layer = twin.get_submodule(f"base_model.model.{site}")
-            factors["a"].copy_(layer.lora_A["default"].weight)
-            factors["b"].copy_(layer.lora_B["default"].weight)
+            factors["a"].copy_(theirs[f"base_model.model.{site}.lora_A.default.weight"])
+            factors["b"].copy_(theirs[f"base_model.model.{site}.lora_B.default.weight"])
     return model
 
 
@@ -76,12 +77,13 @@ def stepper(model: nn.Module, embeds: Tensor, labels: Tensor) -> Callable[[], Te
         leaf = embeds.clone().requires_grad_()
         loss = model(inputs_embeds=leaf, labels=labels).loss
         loss.backward()
+        assert leaf.grad is not None
         return torch.stack([loss.detach(), leaf.grad.norm()])
 
     return step
 
 
-def compare(case: Case, rounds: int) -> dict[str, object]:
+def compare(case: Case, rounds: int) -> dict[str, Any]:
     """Measure one case."""
     torch.manual_seed(0)
     base = llama(case).train()
