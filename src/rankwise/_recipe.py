@@ -1,0 +1,77 @@
+"""The recipe: one value an axis. What does not fit together is refused when it is constructed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, final
+
+from rankwise.errors import IncompatibleAxes
+from rankwise.inits import Init, Kaiming
+from rankwise.ranks import Constant, Ranks
+from rankwise.sites import Sites
+from rankwise.solvers import AdamW, Solver
+from rankwise.structures import Structure
+
+_REMEDY = {
+    "anchored": "wrap the structure: Anchored(...), so that the start is subtracted",
+    "lowrank": "take a low-rank structure: LoRA or SVDForm (wrappers around them are fine)",
+    "random_start": "leave the init at its default: no factor of this structure starts at random",
+    "two_sided": "take a structure with an out-side and an in-side factor: LoRA, SVDForm, LoHa",
+    "drops": "set dropout=0.0: this structure has no low-rank branch to drop from",
+}
+BASES = (None, "nf4", "int8")
+
+
+@final
+@dataclass(frozen=True)
+class Recipe:
+    """A point of the method space.
+
+    Attributes:
+        structure: how factors become an update, and how it meets W.
+        init: where the factors start.
+        solver: in which geometry a step is taken.
+        ranks: how rank changes in time.
+        sites: where.
+        penalties: ``(adapter, step) -> scalar``, added to the loss by the training loop.
+        dropout: probability on the adapter's input, while training.
+        base: format that the frozen weights should be loaded in: None (as they are), "nf4", "int8".
+        lr: learning rate, used where the user gives none.
+        name: of the method, for reports.
+        paper: authors, year, arXiv.
+    """
+
+    structure: Structure
+    init: Init = Kaiming()
+    solver: Solver = AdamW()
+    ranks: Ranks = Constant()
+    sites: Sites = Sites()
+    penalties: tuple[Callable[..., Any], ...] = field(default=(), compare=False)
+    dropout: float = 0.0
+    base: str | None = None
+    lr: float = 1e-3
+    name: str = "custom"
+    paper: str = ""
+
+    def __post_init__(self) -> None:
+        traits = self.structure.traits
+        for axis in (self.init, self.solver, self.ranks):
+            for trait in sorted(axis.requires - traits):
+                raise IncompatibleAxes(
+                    f"{type(axis).__name__} needs a structure with the trait '{trait}', which "
+                    f"{self.structure!r} has not; {_REMEDY.get(trait, 'choose another structure')}."
+                )
+        if self.dropout and "drops" not in traits:
+            raise IncompatibleAxes(
+                f"dropout={self.dropout} acts on the input of an update, and {self.structure!r} "
+                f"has none; {_REMEDY['drops']}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise IncompatibleAxes(f"dropout lies in [0, 1); found {self.dropout}.")
+        if self.base not in BASES:
+            raise IncompatibleAxes(f"base is one of {BASES}; found {self.base!r}.")
+
+    def with_(self, **changes: Any) -> Recipe:
+        """The same recipe with some axes replaced."""
+        return replace(self, **changes)

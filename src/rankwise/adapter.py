@@ -1,0 +1,148 @@
+"""How an adapter's factors hang in the model.
+
+``module.adapters`` (:class:`Adapters`) holds one :class:`SiteFactors` an adapter and slot, the slot
+being "layer" for a layer's weight or the parameter's name for a bare parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from rankwise.activity import Activity, Choice, Record, Routing
+from rankwise.host import ParameterHost, Site
+from rankwise.structures import Factor, Structure
+
+LAYER = "layer"
+
+
+@final
+class SiteFactors(nn.Module):
+    """The factors of one adapter at one site, as parameters."""
+
+    def __init__(
+        self,
+        site: Site,
+        structure: Structure,
+        values: Mapping[str, Tensor],
+        dropout: float = 0.0,
+        trainable: bool = True,
+    ) -> None:
+        super().__init__()
+        self.site, self.structure, self.dropout = site, structure, dropout
+        for name, factor in self.described.items():
+            self.register_parameter(
+                name, nn.Parameter(values[name], requires_grad=trainable and factor.trainable)
+            )
+
+    def factors(self) -> dict[str, Tensor]:
+        """The live factors by name."""
+        return {name: p for name, p in self._parameters.items() if p is not None}
+
+    @property
+    def p(self) -> float:
+        """The dropout that applies now."""
+        return self.dropout if self.training else 0.0
+
+    @property
+    def described(self) -> dict[str, Factor]:
+        """What the structure says of each factor."""
+        return self.structure.factors(self.site)
+
+    def extra_repr(self) -> str:
+        """The structure, for ``print(model)``."""
+        return f"{self.structure}"
+
+
+@final
+class Adapters(nn.Module):
+    """What the graft adds to a module: the factors of every adapter that sits on it."""
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__()
+        self.registry = registry
+        self.record = Record()
+
+    def put(self, name: str, slot: str, factors: SiteFactors) -> None:
+        """Add one adapter's factors."""
+        if name not in self._modules:
+            self.add_module(name, nn.ModuleDict())
+        child: Any = self._modules[name]
+        child[slot] = factors
+
+    def get(self, name: str, slot: str) -> SiteFactors | None:
+        """One adapter's factors at a slot, if it has any here."""
+        child: Any = self._modules.get(name)
+        return child[slot] if child is not None and slot in child else None
+
+    def active(self, names: tuple[str, ...], slot: str) -> list[SiteFactors]:
+        """The factors of the named adapters at a slot, in order."""
+        found = (self.get(name, slot) for name in names)
+        return [f for f in found if f is not None]
+
+    def choice(self) -> Choice:
+        """The choice that governs the forward about to run."""
+        return self.record.choose(self.registry.activity)
+
+    def note(self, choice: Choice, y: Tensor) -> None:
+        """Tie the choice to the output's graph."""
+        self.record.note(choice, self.registry.activity, y)
+
+
+@dataclass
+class Registry:
+    """What the grafted modules of one model share."""
+
+    activity: Activity = field(default_factory=Activity)
+    adapters: dict[str, Any] = field(default_factory=dict)  # name -> rankwise.attach.Adapter
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One site of an adapter and the modules that carry it.
+
+    Attributes:
+        site: the facts.
+        structure: what sits there (the recipe's, or an override).
+        carriers: (module path, slot, transposed) of every module that shares the weight.
+    """
+
+    site: Site
+    structure: Structure
+    carriers: tuple[tuple[str, str, bool], ...]
+
+
+def adapted_value(module: nn.Module, name: str) -> Tensor:
+    """A bare parameter as the model's code reads it: with the active adapters on it."""
+    raw: Any = module._parameters[name]
+    holder: Any = module._modules["adapters"]
+    cached = holder.__dict__.get("values", {}).get(name)
+    if cached is not None:
+        return cached
+    choice = holder.choice()
+    if isinstance(choice, Routing):
+        chosen = {row for row in choice.rows if holder.active(normal(row), name)}
+        if chosen:
+            raise TypeError(
+                f"A bare parameter ({name}) has one value for the whole batch, so rows cannot be "
+                f"routed through it; route batches of one adapter, or leave it out of the targets."
+            )
+        return raw
+    levels = holder.active(choice, name)
+    if not levels:
+        return raw
+    host = ParameterHost(module, name)
+    w = host.weight()
+    for level in levels:
+        w = level.structure.weight(level.factors(), w)
+    value = host.value(w)
+    holder.note(choice, value)
+    return value
+
+
+def normal(row: str | None) -> tuple[str, ...]:
+    """A row's adapter as a choice."""
+    return () if row is None else (row,)

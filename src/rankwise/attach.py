@@ -1,0 +1,502 @@
+"""attach, load, set_active: an adapter's life on a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from rankwise import io
+from rankwise._recipe import Recipe
+from rankwise.activity import Chosen, Routing, normalise
+from rankwise.adapter import LAYER, Placement, Registry, SiteFactors
+from rankwise.errors import AttachError, ModelTypeError, UnknownName
+from rankwise.graft import Grafted, put, remove
+from rankwise.host import LinearHost, ParameterHost, Site, kind_of
+from rankwise.structures import Structure
+from rankwise.targets import TargetReport, base_modules, report, resolve
+from rankwise.version import __version__
+
+
+@final
+class Adapter(Mapping[str, dict[str, Tensor]]):
+    """Site name -> factors by name. Made by ``attach`` and ``load``; lives in the model.
+
+    Attributes:
+        name: under which it was attached.
+        model: the adapted model.
+        recipe: the point of the method space that it was made from.
+        placements: where it sits.
+        sites: site name -> the module that holds its factors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        recipe: Recipe,
+        placements: Sequence[Placement],
+        sites: Mapping[str, SiteFactors],
+    ) -> None:
+        self.name, self.model, self.recipe = name, model, recipe
+        self.placements, self.sites = tuple(placements), dict(sites)
+
+    def __getitem__(self, site: str) -> dict[str, Tensor]:
+        return self.sites[site].factors()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def named_parameters(self, trainable: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+        """``site/factor`` and parameter, all of them or the trainable ones."""
+        for site, module in self.sites.items():
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad or not trainable:
+                    yield f"{site}/{name}", parameter
+
+    def parameters(self, trainable: bool = True) -> Iterator[nn.Parameter]:
+        """The trainable parameters (or all)."""
+        return (p for _, p in self.named_parameters(trainable))
+
+    def groups(self, lr: float | None = None) -> list[dict[str, Any]]:
+        """The solver's parameter groups, each with its name and learning rate."""
+        return self.recipe.solver.groups(self.sites.values(), self._rate(lr))
+
+    def optimizer(self, lr: float | None = None) -> torch.optim.Optimizer:
+        """The recipe's solver over this adapter, at ``lr`` or else the recipe's learning rate."""
+        return self.recipe.solver(self.sites.values(), self._rate(lr))
+
+    def _rate(self, lr: float | None) -> float:
+        return self.recipe.lr if lr is None else lr
+
+    def penalty(self, step: int) -> Tensor | float:
+        """What the recipe adds to the loss at this step."""
+        return sum((p(self, step) for p in self.recipe.penalties), 0.0)
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``path/adapter.safetensors``, whole or not at all; return the file's path.
+
+        Raises:
+            SaveError: the disk is full or not writable.
+        """
+        return io.write(path, self.recipe, self.placements, self.sites, self.model, __version__)
+
+    def detach(self) -> None:
+        """Take this adapter off the model; the last one off leaves the model as it was."""
+        registry = registry_of(self.model)
+        modules = dict(self.model.named_modules())
+        for placement in self.placements:
+            for path, _, _ in placement.carriers:
+                remove(modules[path], self.name)
+        registry.adapters.pop(self.name, None)
+        activity = registry.activity
+        if isinstance(activity.choice, tuple):
+            activity.choice = tuple(n for n in activity.choice if n != self.name)
+        _hide_from_checkpoints(self.model)
+        if not registry.adapters:
+            _open_fast_paths(self.model)
+
+    def requires_grad_(self, trainable: bool = True) -> Adapter:
+        """Train the factors that the structure calls trainable, or freeze them all."""
+        for module in self.sites.values():
+            described = module.described
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(trainable and described[name].trainable)
+        return self
+
+    def __repr__(self) -> str:
+        parameters = [p for _, p in self.named_parameters()]
+        total = sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+        kinds: dict[str, int] = {}
+        for module in self.sites.values():
+            kind = type(module.structure).__name__
+            kinds[kind] = kinds.get(kind, 0) + 1
+        sites = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
+        return (
+            f'Adapter "{self.name}" ({self.recipe.name}): {len(self)} sites ({sites}), '
+            f"{trained:,} trainable of {total:,} parameters, {'/'.join(dtypes)}"
+        )
+
+
+# -- the model --------------------------------------------------------------------------------
+
+
+def _find(model: nn.Module) -> Registry | None:
+    for module in model.modules():
+        if isinstance(module, Grafted):
+            return module.adapters.registry
+    return None
+
+
+def registry_of(model: nn.Module) -> Registry:
+    """What the grafted modules of the model share.
+
+    Raises:
+        AttachError: nothing is attached.
+    """
+    registry = _find(model)
+    if registry is None:
+        raise AttachError("No adapter is attached to this model; call rw.attach or rw.load first.")
+    return registry
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters on a model by name, in the order in which they were attached."""
+    registry = _find(model)
+    return dict(registry.adapters) if registry else {}
+
+
+def check_model(model: nn.Module, trainable: bool = True) -> None:
+    """Refuse a model in a state in which a graft would be wrong or lost.
+
+    Raises:
+        ModelTypeError: not a module, a PeftModel, or a compiled wrapper.
+        AttachError: sharded, emptied by ZeRO-3, or on the meta device.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelTypeError(f"attach takes a torch.nn.Module; found {type(model).__name__}.")
+    if any(c.__module__.split(".")[0] == "peft" for c in type(model).__mro__):
+        raise ModelTypeError(
+            f"attach takes the plain model; found a {type(model).__name__} of PEFT, whose layers "
+            f"are already wrapped. Use model.unload() to get the base, and rw.formats.peft to read "
+            f"its adapter."
+        )
+    if any(c.__module__.startswith("peft.") for m in model.modules() for c in type(m).__mro__):
+        raise ModelTypeError(
+            "attach takes the plain model; this one holds PEFT layers. Load the base afresh."
+        )
+    if hasattr(model, "_orig_mod"):
+        raise ModelTypeError(
+            "attach before torch.compile: the compiled wrapper has already traced the plain model. "
+            "Attach to model._orig_mod, then compile."
+        )
+    for path, module in model.named_modules():
+        if type(module).__name__.startswith("FSDP") or hasattr(module, "_get_fsdp_state"):
+            raise AttachError(
+                f"attach before fully_shard: {path or 'the model'} is sharded already, and factors "
+                f"added now would not be. Attach first, then shard."
+            )
+        forward = module.__dict__.get("forward")
+        if forward is not None and "_old_forward" not in module.__dict__ and kind_of(module):
+            raise AttachError(
+                f"{path} has a forward of its own on the instance, which would bypass the adapter. "
+                f"Remove it (del module.forward), attach, and put it back."
+            )
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise AttachError(
+                "attach before DeepSpeed ZeRO-3 partitions the model: its parameters are empty now. "
+                "Attach first, or use FSDP2 (torch.distributed.fsdp.fully_shard)."
+            )
+        if parameter.device.type == "meta":
+            raise AttachError(
+                f"attach needs real weights; {name} is on the meta device. Load the model first."
+            )
+
+
+def _close_fast_paths(model: nn.Module) -> None:
+    """PyTorch's transformer layer reads its parts' weights itself when gradients are off."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.__dict__.setdefault("_fast_path", module.activation_relu_or_gelu)
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.__dict__.setdefault("_fast_path", module.use_nested_tensor)
+            module.use_nested_tensor = False
+
+
+def _open_fast_paths(model: nn.Module) -> None:
+    for module in model.modules():
+        former = module.__dict__.pop("_fast_path", None)
+        if isinstance(module, nn.TransformerEncoderLayer) and former is not None:
+            module.activation_relu_or_gelu = former
+        elif isinstance(module, nn.TransformerEncoder) and former is not None:
+            module.use_nested_tensor = former
+
+
+def _hide_from_checkpoints(model: nn.Module) -> None:
+    """Have ``save_pretrained`` write the base alone."""
+    if not hasattr(type(model), "_keys_to_ignore_on_save"):
+        return
+    own = getattr(type(model), "_keys_to_ignore_on_save", None) or ()
+    ours = {n for n, _ in model.named_parameters(remove_duplicate=False) if ".adapters." in n}
+    model._keys_to_ignore_on_save = type(own)([*own, *ours]) if own else ours or None  # type: ignore
+
+
+# -- attach and load --------------------------------------------------------------------------
+
+
+def _host(module: nn.Module, slot: str) -> Any:
+    kind = kind_of(module) if slot == LAYER else None
+    return kind(module) if kind is not None else ParameterHost(module, slot)
+
+
+def _start(
+    recipe: Recipe, placement: Placement, host: Any, stats: Mapping[str, Any] | None
+) -> dict[str, Tensor]:
+    """Starting values at one site, in the dtype and on the device where they will live."""
+    site = placement.site
+
+    def leaf(structure: Structure, at: Site, weight: Callable[[], Tensor]) -> Mapping[str, Tensor]:
+        here = None if stats is None else stats.get(site.name)
+        if at.stack is None:
+            return recipe.init(at, structure, weight, here)
+        each = [recipe.init(at, structure, lambda e=e: weight()[e], here) for e in range(at.stack)]
+        return {name: torch.stack([f[name] for f in each]) for name in each[0]}
+
+    def weight() -> Tensor:
+        w = host.weight().detach()
+        return w.to(torch.promote_types(w.dtype, torch.float32))
+
+    with torch.no_grad():
+        values = placement.structure.start(site, weight, _placed(leaf, host))
+    return {name: v.contiguous() for name, v in values.items()}
+
+
+def _placed(leaf: Any, host: Any) -> Any:
+    dtype = torch.promote_types(host.dtype, torch.float32)
+
+    def placed(*args: Any) -> dict[str, Tensor]:
+        device = host.parameter().device
+        return {k: v.to(device=device, dtype=dtype) for k, v in leaf(*args).items()}
+
+    return placed
+
+
+def _install(
+    model: nn.Module,
+    name: str,
+    recipe: Recipe,
+    placements: Sequence[Placement],
+    values: Sequence[Mapping[str, Tensor]],
+    trainable: bool,
+) -> Adapter:
+    modules = dict(model.named_modules())
+    registry = _find(model) or Registry()
+    sites: dict[str, SiteFactors] = {}
+    for placement, tensors in zip(placements, values, strict=True):
+        factors = SiteFactors(
+            placement.site, placement.structure, tensors, recipe.dropout, trainable
+        )
+        factors.train(model.training)
+        sites[placement.site.name] = factors
+        for path, slot, transposed in placement.carriers:
+            module = modules[path]
+            if slot == LAYER and isinstance(host := _host(module, slot), LinearHost):
+                host.stored_weight.prepare()
+            put(module, name, slot, factors, registry)
+            if transposed:
+                module.__dict__["grafted_transposed"] = True
+    adapter = Adapter(name, model, recipe, placements, sites)
+    registry.adapters[name] = adapter
+    _hide_from_checkpoints(model)
+    _close_fast_paths(model)
+    return adapter
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not name.isidentifier() or hasattr(nn.Module, name):
+        raise AttachError(f'An adapter\'s name is a plain identifier; found "{name}".')
+    if name in adapters(model):
+        raise AttachError(
+            f'An adapter named "{name}" is attached already; give this one another name, or detach '
+            f"the first."
+        )
+
+
+def attach(
+    model: nn.Module,
+    recipe: Recipe,
+    name: str = "default",
+    *,
+    stats: Mapping[str, Any] | None = None,
+    freeze: bool = True,
+) -> Adapter:
+    """Put an adapter on a model, in place, and make it the active one.
+
+    The model keeps its class, its parameters' names, its forward and its checkpoints. Nothing is
+    changed where an error is raised.
+
+    Args:
+        model: any module, in any dtype, quantised or not; before ``fully_shard``.
+        recipe: the method, from ``rw.recipe("dora", rank=16)`` or built from axes.
+        name: under which the adapter is known on this model.
+        stats: what ``collect`` gathered, for inits that read data.
+        freeze: stop gradients to the base's parameters.
+
+    Returns:
+        The adapter: a mapping from site name to its factors.
+
+    Raises:
+        TargetError: a pattern that matches nothing, or a module that cannot carry an adapter.
+        TiedWeights: a target shares its weight with the output head and no choice was made.
+        RankError: a rank that does not fit a layer.
+        AttachError: the name is taken, or the model is sharded, on meta, or emptied by ZeRO-3.
+        ModelTypeError: a PeftModel or a compiled model.
+        WeightFormatError: a weight in a format that cannot be read or trained through.
+
+    Examples:
+        >>> import torch, rankwise as rw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+        >>> rw.attach(model, rw.recipe("lora", rank=2))
+        Adapter "default" (lora): 1 sites (1 x LoRA), 32 trainable of 32 parameters, float32
+    """
+    check_model(model)
+    _check_name(model, name)
+    missing = recipe.init.needs if stats is None else frozenset()
+    if missing:
+        raise AttachError(
+            f"{type(recipe.init).__name__} reads statistics ({', '.join(sorted(missing))}) that were "
+            f"not collected: stats = rw.collect(model, batches, recipe); rw.attach(..., stats=stats)."
+        )
+    if recipe.sites.tied == "untie":
+        _untie(model)
+    placements = resolve(model, recipe.structure, recipe.sites)
+    modules = dict(model.named_modules())
+    values = []
+    for placement in placements:
+        path, slot, _ = placement.carriers[0]
+        values.append(_start(recipe, placement, _host(modules[path], slot), stats))
+    if freeze:
+        for module in base_modules(model).values():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.requires_grad_(False)
+    adapter = _install(model, name, recipe, placements, values, trainable=True)
+    registry_of(model).activity.choice = (name,)
+    return adapter
+
+
+def _untie(model: nn.Module) -> None:
+    """Give the output head a copy of its own of the embedding's weight; the config says so."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if embedding is None or head is None or head.weight is not embedding.weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def load(
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    any_base: bool = False,
+    known: Iterable[type] = (),
+) -> Adapter:
+    """Load a saved adapter onto the base that it was trained on, bit for bit, and activate it.
+
+    Says in one line on stderr what it loaded and whether it trains.
+
+    Args:
+        model: the base.
+        path: folder with ``adapter.safetensors``, or that file.
+        name: under which the adapter is known on this model.
+        trainable: go on training it.
+        any_base: accept a base whose weights differ from those it was trained on.
+        known: classes from outside that the file may name, besides installed plug-ins.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        FileFormatError: a truncated, foreign or hostile file.
+        BaseMismatch: another base.
+        AttachError: as in :func:`attach`.
+    """
+    check_model(model)
+    _check_name(model, name)
+    saved = io.read(path, known)
+    if saved.recipe.sites.tied == "untie":
+        _untie(model)
+    values = []
+    for placement in saved.placements:
+        module, slot, _ = io.carried(model, placement)[0]
+        device = _host(module, slot).parameter().device
+        tensors = saved.tensors[placement.site.name]
+        values.append({k: v.to(device) for k, v in tensors.items()})
+    io.check_base(model, saved.placements, saved.base, any_base)
+    if trainable:
+        for module in base_modules(model).values():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.requires_grad_(False)
+    adapter = _install(model, name, saved.recipe, saved.placements, values, trainable)
+    registry_of(model).activity.choice = (name,)
+    state = "trainable" if trainable else "frozen (trainable=True to go on training)"
+    print(f"loaded {adapter!r}, {state}", file=sys.stderr)
+    return adapter
+
+
+def targets(model: nn.Module, recipe: Recipe) -> TargetReport:
+    """The dry run: what each pattern of the recipe matches on this model; nothing is changed.
+
+    Raises:
+        TargetError: as ``attach`` would.
+    """
+    return report(model, recipe.structure, recipe.sites)
+
+
+# -- which are active -------------------------------------------------------------------------
+
+
+def set_active(model: nn.Module, names: str | Sequence[str] | None) -> Chosen:
+    """Choose the active adapters, in order of application; also a context manager.
+
+    Like ``torch.set_grad_enabled``: the call sets the choice, ``with`` restores the former one.
+
+    Raises:
+        UnknownName: a name that is not attached.
+        ActivityError: another thread is inside such a context.
+    """
+    registry = registry_of(model)
+    chosen = normalise(names)
+    _check_known(registry, chosen)
+    return Chosen(registry.activity, chosen)
+
+
+def disabled(model: nn.Module) -> Chosen:
+    """The base model: every adapter off (the reference policy of DPO and GRPO).
+
+    Raises:
+        ActivityError: another thread is inside such a context.
+    """
+    return Chosen(registry_of(model).activity, ())
+
+
+def route(model: nn.Module, rows: Sequence[str | None]) -> Chosen:
+    """An adapter for each row of the batch, None for the base model; also a context manager.
+
+    Raises:
+        UnknownName: a name that is not attached.
+        ActivityError: another thread is inside such a context.
+    """
+    registry = registry_of(model)
+    _check_known(registry, tuple(r for r in rows if r is not None))
+    return Chosen(registry.activity, Routing(tuple(rows)))
+
+
+def _check_known(registry: Registry, names: Sequence[str]) -> None:
+    unknown = [n for n in names if n not in registry.adapters]
+    if unknown:
+        raise UnknownName(
+            f"Only attached adapters can be active; found {unknown}, attached: "
+            f"{list(registry.adapters)}."
+        )

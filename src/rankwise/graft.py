@@ -1,0 +1,178 @@
+"""The graft: an adapted module keeps its class's name, its parameters' names and its code.
+
+``attach`` swaps a module's ``__class__`` for a cached subclass of whatever class it had and adds
+one child, ``adapters``. A layer's graft replaces ``forward``; a bare parameter's graft is a
+property of its name, so that the module's own code reads the adapted tensor. Nothing is wrapped,
+hooked or renamed (``torch.nn.utils.parametrize`` would rename the parameter).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.activity import Routing
+from rankwise.adapter import LAYER, Adapters, SiteFactors, adapted_value, normal
+from rankwise.host import Adapted, Host, LayerHost, TransposedHost, kind_of
+
+
+class Grafted:
+    """Marks a grafted class; ``grafted_base`` is the class that the module had."""
+
+    grafted_base: type[nn.Module]
+    grafted_key: tuple[bool, tuple[str, ...]]
+    adapters: Adapters
+
+
+def run_levels(levels: list[SiteFactors], base: Host, x: Tensor) -> Tensor:
+    """Nest the adapters on the layer, first one innermost, and run x through."""
+    host = base
+    for level in levels:
+        host.dropout = level.p
+        host = Adapted(level.structure, level.factors(), host)
+    return host(x)
+
+
+def run_routed(holder: Adapters, rows: tuple[str | None, ...], base: Host, x: Tensor) -> Tensor:
+    """Each row of the batch through its own adapter; equal structures run as one batch (L3)."""
+    if x.shape[0] != len(rows):
+        raise ValueError(
+            f"A routing names one adapter a row of the batch; found {len(rows)} names and an input "
+            f"of {x.shape[0]} rows. Repeat each name for every beam or returned sequence."
+        )
+    groups: dict[Any, list[int]] = {}
+    found = {row: holder.active(normal(row), LAYER) for row in set(rows)}
+    for i, row in enumerate(rows):
+        key = None
+        if found[row]:
+            level = found[row][0]
+            key = (level.structure, tuple((k, v.shape) for k, v in level.factors().items()))
+        groups.setdefault(key, []).append(i)
+    pieces, order = [], []
+    for key, members in groups.items():
+        index = torch.tensor(members, device=x.device)
+        part = x.index_select(0, index)
+        if key is None:
+            pieces.append(base(part))
+        else:
+            levels = [found[rows[i]][0] for i in members]
+            stacked = {
+                k: torch.stack([level.factors()[k] for level in levels])
+                for k in levels[0].factors()
+            }
+            base.dropout = levels[0].p
+            pieces.append(levels[0].structure.apply(stacked, part, base))
+        order += members
+    back = torch.tensor(order, device=x.device).argsort()
+    return torch.cat(pieces).index_select(0, back)
+
+
+def _layer_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        holder: Adapters = self.adapters
+        choice = holder.choice()
+        routed = isinstance(choice, Routing)
+        levels = [] if routed else holder.active(choice, LAYER)
+        if not levels and not (routed and any(holder.get(r, LAYER) for r in choice.rows if r)):
+            y = base.forward(self, x, *args, **kwargs)
+            holder.note(choice, y)
+            return y
+        kind = kind_of(self)
+        assert kind is not None
+        layer: LayerHost = kind(self, 0.0, *args, **kwargs)
+        transposed = self.__dict__.get("grafted_transposed", False)
+        host: Host = TransposedHost(layer) if transposed else layer
+        if routed:
+            y = layer.finish(x, run_routed(holder, choice.rows, host, x))
+        else:
+            y = layer.finish(x, run_levels(levels, host, x))
+        holder.note(choice, y)
+        return y
+
+    return forward
+
+
+def _parameter_forward(base: type[nn.Module], names: tuple[str, ...]) -> Callable[..., Any]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # one evaluation a forward, however often the module's code reads the tensor
+        self.adapters.__dict__["values"] = {n: adapted_value(self, n) for n in names}
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            self.adapters.__dict__.pop("values", None)
+
+    return forward
+
+
+def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+    state = self.__dict__.copy()
+    return _rebuild, (self.grafted_base, *self.grafted_key), state
+
+
+def _rebuild(base: type[nn.Module], layer: bool, names: tuple[str, ...]) -> nn.Module:
+    cls = graft_class(base, layer, names)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def graft_class(base: type[nn.Module], layer: bool, names: tuple[str, ...] = ()) -> type[nn.Module]:
+    """The subclass of ``base`` whose layer and/or named bare parameters carry adapters."""
+    body: dict[str, Any] = {
+        "grafted_base": base,
+        "grafted_key": (layer, names),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+    }
+    for name in names:
+        body[name] = property(functools.partial(_read, name=name))
+    if layer:
+        body["forward"] = _layer_forward(base)
+    elif base.forward is not nn.Module.forward:
+        body["forward"] = _parameter_forward(base, names)
+    return type(base.__name__, (base, Grafted), body)
+
+
+def _read(self: nn.Module, name: str) -> Tensor:
+    return adapted_value(self, name)
+
+
+def put(module: nn.Module, adapter: str, slot: str, factors: SiteFactors, registry: Any) -> None:
+    """Graft a module (if it is not yet) and hang one adapter's factors on it."""
+    if not isinstance(module, Grafted):
+        module.add_module("adapters", Adapters(registry))
+        base, layer, names = type(module), False, ()
+    else:
+        base, (layer, names) = module.grafted_base, module.grafted_key
+    if slot == LAYER:
+        layer = True
+    else:
+        names = tuple(sorted({*names, slot}))
+    module.__class__ = graft_class(base, layer, names)
+    module.adapters.put(adapter, slot, factors)
+    _reseat(module)
+
+
+def _reseat(module: nn.Module) -> None:
+    """Put the grafted forward behind an accelerate hook, which replaced the instance's forward."""
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = functools.partial(type(module).forward, module)
+
+
+def remove(module: nn.Module, adapter: str) -> None:
+    """Take one adapter off a module; the last one takes the graft with it."""
+    if not isinstance(module, Grafted):
+        return
+    module.adapters._modules.pop(adapter, None)
+    if module.adapters._modules:
+        return
+    base = module.grafted_base
+    module._modules.pop("adapters")
+    module.__dict__.pop("grafted_transposed", None)
+    module.__class__ = base
+    _reseat(module)

@@ -1,0 +1,94 @@
+"""Embeddings: the map of a one-hot vector, so W as a matrix is (width, vocabulary).
+
+x holds indices (*batch, tokens). An adapter's dropout acts on the looked-up rows. The padding row
+belongs to the base and never moves. Embeddings with a scale (``embed_scale``) scale the update too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import TargetError
+from rankwise.host.linear import scale_last
+from rankwise.host.site import LayerHost, Site
+from rankwise.ops import Dense, LinearOperator
+from rankwise.ops.operator import gather_rows
+
+
+@final
+class EmbeddingHost(LayerHost):
+    """``nn.Embedding`` and its scaled subclasses."""
+
+    kind = "embedding"
+
+    @staticmethod
+    def claims(module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding)
+
+    def site(self, name: str) -> Site:
+        if self.module.max_norm is not None:
+            raise TargetError(
+                f"An embedding with max_norm rewrites its own rows at every look-up; {name} has "
+                f"max_norm={self.module.max_norm}. Exclude it from the targets."
+            )
+        count, width = self.module.weight.shape
+        return Site(name, self.kind, width, count, shape=(count, width))
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        scale = getattr(self.module, "embed_scale", None)
+        if scale is None:
+            return y
+        return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._scaled(nn.functional.embedding(x, self.module.weight))
+
+    def mv(self, op: LinearOperator, x: Tensor) -> Tensor:
+        index = x if x.dim() <= 2 else x.flatten(1)
+        y = op.T.rows(index).to(self.module.weight.dtype)
+        y = nn.functional.dropout(y, self.dropout) if self.dropout else y
+        return self._scaled(y.reshape(*x.shape, y.shape[-1]))
+
+    def weight(self) -> Tensor:
+        return self.module.weight.mT
+
+    def drop(self, x: Tensor) -> Tensor:
+        return x
+
+    def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
+        w = self.weight()
+        return self.mv(Dense(op.T.mv(w.to(torch.promote_types(w.dtype, torch.float32)))), x)
+
+    def _padding(self, x: Tensor) -> Tensor | None:
+        pad = self.module.padding_idx
+        return None if pad is None else (x == pad).unsqueeze(-1)
+
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        pad = self._padding(x)
+        return y if pad is None else torch.where(pad, self(x), y)
+
+    def stored(self, w: Tensor) -> Tensor:
+        w = w.to(self.dtype)
+        pad = self.module.padding_idx
+        if pad is not None:
+            w = w.clone()
+            w[:, pad] = self.weight()[:, pad]
+        return w
+
+    @torch.no_grad()
+    def write(self, w: Tensor) -> None:
+        self.parameter().copy_(self.stored(w).mT)
+
+    def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return scale_last(run(x), scale)
+
+    def overwrite(self, y: Tensor, x: Tensor, index: tuple[int, ...], rows: Tensor) -> Tensor:
+        table = torch.full((self.module.num_embeddings,), -1, device=x.device, dtype=torch.long)
+        table[torch.tensor(index, device=x.device)] = torch.arange(len(index), device=x.device)
+        slot = table[x]
+        values = self._scaled(gather_rows(rows, slot.clamp_min(0))).to(y.dtype)
+        return torch.where((slot >= 0).unsqueeze(-1), values, y)

@@ -1,0 +1,122 @@
+"""Bare parameters: a tensor of a module that is not a layer of its own.
+
+MoE expert stacks (E, out, in), ``nn.MultiheadAttention``'s packed and separate projections, and,
+for structures that replace a tensor whole, biases and norms. There is no map to apply, only the
+adapted tensor: a bare parameter is adapted by reading it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.host.linear import scale_last
+from rankwise.host.site import Host, Site
+from rankwise.ops import LinearOperator
+
+
+@final
+class ParameterHost:
+    """One named parameter of a module.
+
+    Args:
+        module: the module that registers the parameter.
+        name: the parameter's name there.
+    """
+
+    kind = "parameter"
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the module stores expert matrices as (E, in, out)."""
+        return self.parameter().dim() == 3 and bool(getattr(self.module, "is_transposed", False))
+
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself, to tell shared weights."""
+        parameter = self.module._parameters[self.name]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameter's dtype."""
+        return self.parameter().dtype
+
+    def site(self, name: str) -> Site:
+        """The facts of the parameter; 1-d ones have rows only."""
+        shape = tuple(self.parameter().shape)
+        if len(shape) == 3:
+            out, in_ = (shape[2], shape[1]) if self.transposed else shape[1:]
+            return Site(name, self.kind, out, in_, shape=shape, stack=shape[0])
+        rows = shape[0] if shape else 1
+        return Site(name, self.kind, rows, shape[1] if len(shape) == 2 else 1, shape=shape)
+
+    def weight(self) -> Tensor:
+        """The matrix (out, in) or the stack (E, out, in)."""
+        parameter = self.parameter()
+        return parameter.mT if self.transposed else parameter
+
+    def value(self, w: Tensor) -> Tensor:
+        """The matrix in the parameter's own layout and dtype."""
+        return (w.mT if self.transposed else w).to(self.dtype)
+
+    def stored(self, w: Tensor) -> Tensor:
+        """The matrix that would be read back after ``write(w)``."""
+        return w.to(self.dtype)
+
+    @torch.no_grad()
+    def write(self, w: Tensor) -> None:
+        """Store the matrix: merging, once."""
+        self.parameter().copy_(self.value(w))
+
+    def snapshot(self) -> object:
+        """The stored bits."""
+        return self.parameter().detach().clone()
+
+    @torch.no_grad()
+    def restore(self, bits: Tensor) -> None:
+        """Put back what ``snapshot`` returned, bit for bit."""
+        self.parameter().copy_(bits)
+
+
+@final
+class TransposedHost(Host):
+    """An output head that shares an embedding's weight: the adapter's map, used transposed.
+
+    The inner host is the head's own (linear, (vocabulary, width)); structures are written for the
+    embedding (width, vocabulary).
+    """
+
+    kind = "transposed"
+
+    def __init__(self, head: Host, dropout: float = 0.0) -> None:
+        super().__init__(head.module, dropout)
+        self.head = head
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+    def mv(self, op: LinearOperator, x: Tensor) -> Tensor:
+        return self.head.mv(op.T, x)
+
+    def weight(self) -> Tensor:
+        return self.head.weight().mT
+
+    def drop(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.dropout) if self.dropout else x
+
+    def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
+        # (W R)^T = R^T W^T: the rotation of the embedding's input acts on the head's output
+        return op.T.mv(self.head(x))
+
+    def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return run(scale_last(x, scale))  # rows of the embedding are the head's input units
+
+    def overwrite(self, y: Tensor, x: Tensor, index: tuple[int, ...], rows: Tensor) -> Tensor:
+        return self.head.overwrite(y, x, index, rows)

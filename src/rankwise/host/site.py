@@ -1,0 +1,171 @@
+"""The protocol between a structure and the layer that it sits on: Site (facts) and Host (acts).
+
+Shapes: every weight is seen as a matrix (out, in), for a convolution (out, in/groups * kernel);
+activations are whatever the layer takes, for a linear layer (*batch, tokens, in).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.ops import Dense, LinearOperator
+
+if TYPE_CHECKING:
+    from rankwise.structures.structure import Factors, Structure
+
+
+@dataclass(frozen=True)
+class Site:
+    """The facts of one adapted weight, all that a structure needs to size its factors.
+
+    Attributes:
+        name: path of the module, or of the parameter for a bare one.
+        kind: which kind of host carries it ("linear", "conv", "embedding", "parameter" ...).
+        rows: out, the rows of the weight seen as a matrix.
+        cols: in, its columns; for a convolution in/groups * kernel.
+        kernel: how many of the columns belong to one input channel (1 but for convolutions).
+        shape: the parameter's own shape, for structures that replace it whole.
+        stack: number of matrices in a stacked parameter (experts), or None for one matrix.
+        layer: index of the block, None outside of blocks.
+        layers: number of blocks.
+        role: "attention", "mlp", "head", "embedding" or "other".
+    """
+
+    name: str
+    kind: str
+    rows: int
+    cols: int
+    kernel: int = 1
+    shape: tuple[int, ...] = ()
+    stack: int | None = None
+    layer: int | None = None
+    layers: int = 0
+    role: str = "other"
+
+
+class Host(ABC):
+    """All that a structure may ask of its layer. One final subclass a layer kind.
+
+    Args:
+        module: the layer; only read, but for ``write``.
+        dropout: probability for ``drop``; 0 outside of training.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, module: nn.Module, dropout: float = 0.0) -> None:
+        self.module: Any = module
+        self.dropout = dropout
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """The frozen map, without bias."""
+
+    @abstractmethod
+    def mv(self, op: LinearOperator, x: Tensor) -> Tensor:
+        """Apply an operator the way this layer applies its weight."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The frozen weight as a matrix (out, in); may dequantise: ask rarely."""
+
+    @abstractmethod
+    def drop(self, x: Tensor) -> Tensor:
+        """Adapter dropout, while training."""
+
+    @abstractmethod
+    def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
+        """The frozen map after ``op`` (in, in) has acted on its input."""
+
+    @abstractmethod
+    def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``run(x)`` with row i of the matrix behind it scaled by ``scale`` (*batch, out)."""
+
+    @abstractmethod
+    def overwrite(self, y: Tensor, x: Tensor, index: tuple[int, ...], rows: Tensor) -> Tensor:
+        """The output y of x, with the vocabulary rows ``index`` replaced by ``rows`` (n, width)."""
+
+
+class LayerHost(Host):
+    """A host that is a layer of the model, not another adapter."""
+
+    @staticmethod
+    @abstractmethod
+    def claims(module: nn.Module) -> bool:
+        """Whether this is the kind of the module."""
+
+    @abstractmethod
+    def site(self, name: str) -> Site:
+        """The facts of the module; layer, layers and role are filled in by the caller."""
+
+    @abstractmethod
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the layer does after its weight: bias, the padding row."""
+
+    @abstractmethod
+    def stored(self, w: Tensor) -> Tensor:
+        """The matrix that would be read back after ``write(w)``."""
+
+    @abstractmethod
+    def write(self, w: Tensor) -> None:
+        """Store the matrix w (out, in) as the layer's weight: merging, once."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the layer computes."""
+        return self.module.weight.dtype
+
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself, to tell shared weights."""
+        return self.module._parameters["weight"]
+
+    def snapshot(self) -> object:
+        """The stored bits of the weight, for ``restore``."""
+        return self.parameter().detach().clone()
+
+    @torch.no_grad()
+    def restore(self, bits: Any) -> None:
+        """Put back what ``snapshot`` returned, bit for bit."""
+        self.parameter().copy_(bits)
+
+
+@final
+class Adapted(Host):
+    """A host with an adapter on it, so that the next adapter composes with it."""
+
+    kind = "adapted"
+
+    def __init__(
+        self, structure: Structure, factors: Factors, host: Host, dropout: float = 0.0
+    ) -> None:
+        super().__init__(host.module, dropout)
+        self.structure, self.factors, self.host = structure, factors, host
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.structure.apply(self.factors, x, self.host)
+
+    def mv(self, op: LinearOperator, x: Tensor) -> Tensor:
+        return self.host.mv(op, x)
+
+    def weight(self) -> Tensor:
+        return self.structure.weight(self.factors, self.host.weight())
+
+    def drop(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.dropout) if x.is_floating_point() else x
+
+    def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
+        if self.host.kind in ("linear", "adapted"):
+            return self(op.mv(x))
+        return self.host.mv(Dense(op.T.mv(self.weight())), x)
+
+    def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return self.host.scale_rows(scale, run, x)
+
+    def overwrite(self, y: Tensor, x: Tensor, index: tuple[int, ...], rows: Tensor) -> Tensor:
+        return self.host.overwrite(y, x, index, rows)

@@ -1,0 +1,58 @@
+"""Inits that draw: uniform, normal, orthonormal. Shapes are those of each factor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from rankwise.inits.init import Drawn
+from rankwise.structures import Factor
+
+
+@final
+@dataclass(frozen=True)
+class Kaiming(Drawn):
+    """Uniform within +-1/sqrt(n), n the last dim: the default of ``nn.Linear``, loralib and PEFT."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset()
+
+    def draw(self, factor: Factor) -> Tensor:
+        return torch.empty(factor.shape).uniform_(-1, 1) / max(factor.shape[-1], 1) ** 0.5
+
+
+@final
+@dataclass(frozen=True)
+class Gaussian(Drawn):
+    """Normal with standard deviation ``std``, or 1/r as in PEFT's "gaussian".
+
+    Attributes:
+        std: standard deviation; None for 1 over the size of the factor's rank dim.
+    """
+
+    std: float | None = None
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset({"random_start"})
+
+    def draw(self, factor: Factor) -> Tensor:
+        std = self.std if self.std is not None else 1 / factor.dims.get("rank", factor.shape[-1])
+        return torch.randn(factor.shape) * std
+
+
+@final
+@dataclass(frozen=True)
+class Orthogonal(Drawn):
+    """Orthonormal rows or columns, whichever are fewer (Saxe et al. 2013, arXiv 1312.6120)."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset({"random_start"})
+
+    def draw(self, factor: Factor) -> Tensor:
+        return torch.nn.init.orthogonal_(torch.empty(factor.shape))

@@ -1,0 +1,5 @@
+"""What happens to adapters over a model's life."""
+
+from rankwise.lifecycle.merge import MergeReport, merge, merged
+
+__all__ = ["MergeReport", "merge", "merged"]

@@ -1,0 +1,201 @@
+"""Merging: the adapters become the weights. Computed in float32 (at least), written once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.activity import Routing, normalise
+from rankwise.adapter import LAYER, SiteFactors
+from rankwise.attach import adapters, registry_of
+from rankwise.errors import ActivityError, UnknownName
+from rankwise.graft import Grafted
+from rankwise.host import ParameterHost, kind_of
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What merging did at one site.
+
+    Attributes:
+        site: its name.
+        change: Frobenius norm of the update over that of W.
+        kept: share of the update that survives storage, <stored - W, dW> / |dW|^2; 1 where dW = 0.
+        error: largest absolute difference between the stored and the exact weight.
+    """
+
+    site: str
+    change: float
+    kept: float
+    error: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging did, site by site."""
+
+    sites: tuple[SiteReport, ...]
+
+    @property
+    def worst(self) -> SiteReport:
+        """The site that kept least of its update."""
+        return min(self.sites, key=lambda s: s.kept)
+
+    def __str__(self) -> str:
+        lost = sum(s.kept < 0.99 for s in self.sites)
+        w = self.worst
+        return (
+            f"merged {len(self.sites)} sites; {lost} lost more than 1 % of the update to rounding; "
+            f"worst {w.site}: kept {w.kept:.1%} of an update of {w.change:.2%} of W"
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One weight to write."""
+
+    site: str
+    host: Any
+    levels: tuple[SiteFactors, ...]
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """W and the adapted W, at least in float32."""
+        w = self.host.weight().detach()
+        w = w.to(torch.promote_types(w.dtype, torch.float32))
+        new = w
+        for level in self.levels:
+            new = level.structure.weight(level.factors(), new)
+        return w, new
+
+    def report(self) -> SiteReport:
+        """What storing would keep."""
+        w, new = self.merged()
+        stored = self.host.stored(new).to(w.dtype)
+        # against what is read back today: an unchanged weight must not count as lost
+        delta, kept = new - w, stored - w
+        size = delta.square().sum()
+        share = float((kept * delta).sum() / size) if size > 0 else 1.0
+        norm = torch.linalg.vector_norm
+        change = float(norm(delta) / norm(w).clamp_min(1e-30))
+        return SiteReport(self.site, change, share, float((stored - new).abs().max()))
+
+
+def _jobs(model: nn.Module, names: Sequence[str]) -> list[_Job]:
+    """One job a stored weight: shared weights once, an untransposed carrier first."""
+    found: dict[int, _Job] = {}
+    for module in model.modules():
+        if not isinstance(module, Grafted) or module.__dict__.get("grafted_transposed"):
+            continue
+        for slot in {slot for child in module.adapters._modules.values() for slot in child}:  # type: ignore
+            levels = module.adapters.active(tuple(names), slot)
+            if not levels:
+                continue
+            kind = kind_of(module) if slot == LAYER else None
+            host: Any = kind(module) if kind else ParameterHost(module, slot)  # type: ignore[arg-type]
+            found.setdefault(id(host.parameter()), _Job(levels[0].site.name, host, tuple(levels)))
+    return list(found.values())
+
+
+def _names(model: nn.Module, names: str | Sequence[str] | None) -> tuple[str, ...]:
+    registry = registry_of(model)
+    if names is None:
+        choice = registry.activity.choice
+        if isinstance(choice, Routing):
+            raise ActivityError(
+                "A routing has no single weight to merge; leave route() first, or name adapters."
+            )
+        return choice
+    chosen = normalise(names)
+    unknown = [n for n in chosen if n not in registry.adapters]
+    if unknown:
+        raise UnknownName(
+            f"Only attached adapters can be merged; found {unknown}, attached: "
+            f"{list(registry.adapters)}."
+        )
+    return chosen
+
+
+@torch.no_grad()
+def merge(
+    model: nn.Module, names: str | Sequence[str] | None = None, *, max_loss: float = 0.1
+) -> MergeReport:
+    """Write the adapters into the weights and take the graft off.
+
+    The sum is formed in float32 and rounded (or quantised) once. Before anything is written, every
+    site is checked: where storage would lose more than ``max_loss`` of the update, a warning says
+    so.
+
+    Args:
+        model: the adapted model.
+        names: which adapters, in order; None for the active ones. All others are detached too.
+        max_loss: share of an update whose loss is worth a warning.
+
+    Returns:
+        What was kept, site by site.
+
+    Raises:
+        UnknownName: a name that is not attached.
+        ActivityError: rows are being routed.
+    """
+    chosen = _names(model, names)
+    jobs = _jobs(model, chosen)
+    report = MergeReport(tuple(job.report() for job in jobs))
+    lossy = [s for s in report.sites if s.kept < 1 - max_loss]
+    if lossy:
+        warnings.warn(
+            f"Merging loses more than {max_loss:.0%} of the update at {len(lossy)} of "
+            f"{len(jobs)} sites (worst {report.worst.site}: {report.worst.kept:.1%} kept), because "
+            f"the stored format is too coarse for it. Merge into a float32 copy of the base, or "
+            f"serve the adapter unmerged.",
+            stacklevel=2,
+        )
+    for job in jobs:
+        job.host.write(job.merged()[1])
+    for adapter in adapters(model).values():
+        adapter.detach()
+    return report
+
+
+@contextmanager
+def merged(model: nn.Module, names: str | Sequence[str] | None = None) -> Iterator[MergeReport]:
+    """The model with its adapters merged, for a while; the original bits come back at the end.
+
+    Args:
+        model: the adapted model.
+        names: which adapters, in order; None for the active ones.
+
+    Yields:
+        What was kept, site by site.
+
+    Raises:
+        UnknownName: a name that is not attached.
+        ActivityError: rows are being routed.
+    """
+    chosen = _names(model, names)
+    activity = registry_of(model).activity
+    former = activity.choice
+    with torch.no_grad():
+        jobs = _jobs(model, chosen)
+        report = MergeReport(tuple(job.report() for job in jobs))
+        kept: list[tuple[_Job, object]] = []
+        try:
+            for job in jobs:
+                kept.append((job, job.host.snapshot()))
+                job.host.write(job.merged()[1])
+        except BaseException:
+            for job, bits in kept:
+                job.host.restore(bits)
+            raise
+    activity.choice = ()
+    try:
+        yield report
+    finally:
+        activity.choice = former
+        for job, bits in kept:
+            job.host.restore(bits)

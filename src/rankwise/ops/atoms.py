@@ -1,0 +1,248 @@
+"""Atoms and combinators of the algebra; compose them with constructors.
+
+Dynamo cannot trace ``@`` on user objects, hence ``Product(l, r)`` and not ``l @ r``.
+Letters: M rows, N columns, r rank, T tokens, k blocks, b block size; (*batch) everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from rankwise.ops.operator import LinearOperator, LowRank
+
+
+@final
+class Dense(LinearOperator):
+    """A matrix (*batch, M, N)."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[-2], self.matrix.shape[-1]
+
+    def mv(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.to(x.dtype).mT
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    @property
+    def T(self) -> LinearOperator:
+        return Dense(self.matrix.mT)
+
+    def lower(self) -> LowRank | None:
+        return None
+
+
+@final
+class Diagonal(LinearOperator):
+    """``diag(entries)``, entries (*batch, N)."""
+
+    def __init__(self, entries: Tensor) -> None:
+        self.entries = entries
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.entries.shape[-1], self.entries.shape[-1]
+
+    def mv(self, x: Tensor) -> Tensor:
+        return x * self.entries.to(x.dtype).unsqueeze(-2)
+
+    def dense(self) -> Tensor:
+        return torch.diag_embed(self.entries)
+
+    @property
+    def T(self) -> LinearOperator:
+        return self
+
+    def lower(self) -> LowRank | None:
+        return None
+
+
+@final
+class Product(LinearOperator):
+    """``left right``: the right factor acts first. Low rank where its inner size is the smallest."""
+
+    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
+        self.left, self.right = left, right
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[1]
+
+    def mv(self, x: Tensor) -> Tensor:
+        return self.left.mv(self.right.mv(x))
+
+    def dense(self) -> Tensor:
+        return self.left.dense() @ self.right.dense()
+
+    @property
+    def T(self) -> LinearOperator:
+        return Product(self.right.T, self.left.T)
+
+    def lower(self) -> LowRank | None:
+        pair = self.left.lower()
+        if pair is not None:
+            return LowRank(pair.left, self.right.T.mv(pair.right))
+        pair = self.right.lower()
+        if pair is not None:
+            return LowRank(self.left.mv(pair.left.mT).mT, pair.right)
+        return LowRank(self.left.dense(), self.right.dense())
+
+
+@final
+class Scaled(LinearOperator):
+    """``scale * op`` with a Python number."""
+
+    def __init__(self, op: LinearOperator, scale: float) -> None:
+        self.op, self.scale = op, scale
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.op.shape
+
+    def mv(self, x: Tensor) -> Tensor:
+        return self.op.mv(x) * self.scale
+
+    def dense(self) -> Tensor:
+        return self.op.dense() * self.scale
+
+    @property
+    def T(self) -> LinearOperator:
+        return Scaled(self.op.T, self.scale)
+
+    def lower(self) -> LowRank | None:
+        pair = self.op.lower()
+        return None if pair is None else LowRank(pair.left * self.scale, pair.right)
+
+
+@final
+class Sum(LinearOperator):
+    """``first + second``; two low-rank terms stay low rank (their factors are concatenated)."""
+
+    def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
+        self.first, self.second = first, second
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.first.shape
+
+    def mv(self, x: Tensor) -> Tensor:
+        return self.first.mv(x) + self.second.mv(x)
+
+    def dense(self) -> Tensor:
+        return self.first.dense() + self.second.dense()
+
+    @property
+    def T(self) -> LinearOperator:
+        return Sum(self.first.T, self.second.T)
+
+    def lower(self) -> LowRank | None:
+        one, two = self.first.lower(), self.second.lower()
+        if one is None or two is None:
+            return None
+        return LowRank(
+            torch.cat([one.left, two.left], dim=-1), torch.cat([one.right, two.right], dim=-2)
+        )
+
+
+@final
+class Kronecker(LinearOperator):
+    """``left (x) right``: (m1 n1) and (m2 n2) give (m1 m2, n1 n2), applied by reshaping."""
+
+    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
+        self.left, self.right = left, right
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        (m1, n1), (m2, n2) = self.left.shape, self.right.shape
+        return m1 * m2, n1 * n2
+
+    def mv(self, x: Tensor) -> Tensor:
+        (m1, n1), (m2, n2) = self.left.shape, self.right.shape
+        lead = x.shape[
+            :-2
+        ]  # () or (B,): tokens are folded so that the factors' batch stays in front
+        tokens = x.shape[-2]
+        y = self.right.mv(x.reshape(*lead, tokens * n1, n2)).reshape(*lead, tokens, n1, m2)
+        y = self.left.mv(y.mT.reshape(*lead, tokens * m2, n1)).reshape(*lead, tokens, m2, m1)
+        return y.mT.reshape(*lead, tokens, m1 * m2)
+
+    def dense(self) -> Tensor:
+        a, b = self.left.dense(), self.right.dense()
+        out = a[..., :, None, :, None] * b[..., None, :, None, :]
+        return out.reshape(*out.shape[:-4], *self.shape)
+
+    @property
+    def T(self) -> LinearOperator:
+        return Kronecker(self.left.T, self.right.T)
+
+    def lower(self) -> LowRank | None:
+        return None
+
+
+@final
+class Hadamard(LinearOperator):
+    """``first * second`` elementwise; two low-rank terms give rank r1 r2 (row-wise Khatri-Rao)."""
+
+    def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
+        self.first, self.second = first, second
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.first.shape
+
+    def mv(self, x: Tensor) -> Tensor:
+        return x @ self.dense().to(x.dtype).mT
+
+    def dense(self) -> Tensor:
+        return self.first.dense() * self.second.dense()
+
+    @property
+    def T(self) -> LinearOperator:
+        return Hadamard(self.first.T, self.second.T)
+
+    def lower(self) -> LowRank | None:
+        one, two = self.first.lower(), self.second.lower()
+        if one is None or two is None:
+            return None
+        left = (one.left.unsqueeze(-1) * two.left.unsqueeze(-2)).flatten(-2)
+        right = (one.right.unsqueeze(-2) * two.right.unsqueeze(-3)).flatten(-3, -2)
+        return LowRank(left, right)
+
+
+@final
+class BlockDiagonal(LinearOperator):
+    """Square blocks (*batch, k, b, b) on the diagonal of a (k b, k b) matrix."""
+
+    def __init__(self, blocks: Tensor) -> None:
+        self.blocks = blocks
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        size = self.blocks.shape[-3] * self.blocks.shape[-1]
+        return size, size
+
+    def mv(self, x: Tensor) -> Tensor:
+        k, b = self.blocks.shape[-3], self.blocks.shape[-1]
+        parts = x.reshape(*x.shape[:-1], k, b).transpose(-2, -3)  # (*batch, k, T, b)
+        y = parts @ self.blocks.to(x.dtype).mT
+        return y.transpose(-2, -3).flatten(-2)
+
+    def dense(self) -> Tensor:
+        k, b = self.blocks.shape[-3], self.blocks.shape[-1]
+        eye = torch.eye(k, dtype=self.blocks.dtype, device=self.blocks.device)
+        full = self.blocks.unsqueeze(-2) * eye[:, None, :, None]  # (*batch, k, b, k, b)
+        return full.reshape(*self.blocks.shape[:-3], *self.shape)
+
+    @property
+    def T(self) -> LinearOperator:
+        return BlockDiagonal(self.blocks.mT)
+
+    def lower(self) -> LowRank | None:
+        return None

@@ -1,0 +1,65 @@
+"""The algebra's protocol: a linear operator is a value over tensors.
+
+Shapes: an operator is (*batch, M, N); activations are (*batch, T, N) rows, so that
+``op.mv(x)`` is ``x @ op.dense().mT``. ``batch`` is empty or one stacking dim (adapters, experts).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LowRank(NamedTuple):
+    """The exact factorisation ``left @ right`` of an operator: (*batch, M, r) and (*batch, r, N)."""
+
+    left: Tensor
+    right: Tensor
+
+
+class LinearOperator(ABC):
+    """A linear map (*batch, M, N), held as the small tensors that define it.
+
+    Laws, for every operator: ``mv(x) == x @ dense().mT``, ``rows(i) == dense()[..., i, :]``,
+    ``T.dense() == dense().mT``, and ``left @ right == dense()`` where ``lower()`` is not None.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(M, N), without the batch."""
+
+    @abstractmethod
+    def mv(self, x: Tensor) -> Tensor:
+        """Apply to the rows of x: (*batch, T, N) -> (*batch, T, M), in x's dtype."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The matrix itself, (*batch, M, N), in the factors' dtype."""
+
+    @property
+    @abstractmethod
+    def T(self) -> LinearOperator:
+        """The transpose, (*batch, N, M)."""
+
+    @abstractmethod
+    def lower(self) -> LowRank | None:
+        """(left, right) with ``left @ right == dense()`` where the operator is exactly low rank."""
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of the matrix, the embedding look-up: index (*batch, T) -> (*batch, T, N)."""
+        pair = self.lower()
+        if pair is None:
+            return gather_rows(self.dense(), index)
+        return gather_rows(pair.left, index) @ pair.right
+
+
+def gather_rows(matrix: Tensor, index: Tensor) -> Tensor:
+    """``matrix[..., index, :]``, batched: (*batch, M, N) and (*batch, T) -> (*batch, T, N)."""
+    if matrix.dim() == 2:
+        return torch.nn.functional.embedding(index, matrix)
+    flat = index.reshape(matrix.shape[0], -1, 1).expand(-1, -1, matrix.shape[-1])
+    return torch.gather(matrix, 1, flat).reshape(*index.shape, matrix.shape[-1])

@@ -1,0 +1,332 @@
+"""The methods: one documented point of the product space each.
+
+The axes that every method shares (``sites``, ``dropout``, ``base``, ``lr``, ``ranks``, ``init``,
+``solver``, ``penalties``) pass through ``**axes`` to :class:`rankwise.Recipe`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rankwise._recipe import Recipe
+from rankwise.inits import Gaussian, Principal
+from rankwise.solvers import LoRAPlus
+from rankwise.structures import OFT, Anchored, HiRA, LoHa, LoKr, LoRA, Magnitude, SVDForm
+
+__all__ = [
+    "dora",
+    "dora_lokr",
+    "dora_svd",
+    "hira",
+    "krona",
+    "loha",
+    "lokr",
+    "lora",
+    "lora_plus",
+    "oft",
+    "pissa",
+    "pissa_lora_plus",
+    "rslora",
+    "svd",
+]
+
+
+def _recipe(axes: dict[str, Any], **defaults: Any) -> Recipe:
+    return Recipe(**{**defaults, **axes})
+
+
+def lora(rank: int = 16, alpha: float | None = None, **axes: Any) -> Recipe:
+    """LoRA: ``W + s B A``, s = alpha / r.
+
+    Parameters per layer: r (out + in). Law: identity at the start (B = 0); gauge (B Q, Q^-1 A).
+
+    Args:
+        rank: r; 16 is ample for one task, 64 for continued training.
+        alpha: numerator of the scale; None for r, so that the rate does not depend on the rank.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+
+    Examples:
+        >>> lora(rank=4).structure
+        LoRA(rank=4, alpha=4, scale_rule='alpha/r')
+
+    References:
+        Hu et al. 2021, arXiv 2106.09685. Deviation: the paper's A is Gaussian, here uniform as in
+        its code.
+    """
+    structure = LoRA(rank, rank if alpha is None else alpha)
+    return _recipe(
+        axes, structure=structure, lr=2e-3, name="lora", paper="Hu et al. 2021, arXiv 2106.09685"
+    )
+
+
+def rslora(rank: int = 16, alpha: float = 16.0, **axes: Any) -> Recipe:
+    """Rank-stabilised LoRA: ``W + s B A``, s = alpha / sqrt(r).
+
+    Parameters per layer: r (out + in). Law: activations and gradients keep their size as r grows.
+
+    Args:
+        rank: r.
+        alpha: numerator of the scale.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+
+    References:
+        Kalajdzievski 2023, arXiv 2312.03732.
+    """
+    structure = LoRA(rank, alpha, "alpha/sqrt(r)")
+    paper = "Kalajdzievski 2023, arXiv 2312.03732"
+    return _recipe(axes, structure=structure, lr=1e-3, name="rslora", paper=paper)
+
+
+def dora(rank: int = 16, alpha: float | None = None, **axes: Any) -> Recipe:
+    """DoRA: ``diag(m / |W'|) W'`` with W' = W + s B A, |W'| the norms of its rows.
+
+    Parameters per layer: r (out + in) + out. Law: identity at the start up to rounding.
+
+    Args:
+        rank: r; DoRA is said to work with half of LoRA's.
+        alpha: numerator of the scale; None for r.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+
+    References:
+        Liu et al. 2024, arXiv 2402.09353. Deviation: under dropout only the update's input is
+        dropped, not the base's.
+    """
+    structure = Magnitude(LoRA(rank, rank if alpha is None else alpha))
+    paper = "Liu et al. 2024, arXiv 2402.09353"
+    return _recipe(axes, structure=structure, lr=2e-3, name="dora", paper=paper)
+
+
+def pissa(
+    rank: int = 16, alpha: float | None = None, iterations: int | None = None, **axes: Any
+) -> Recipe:
+    """PiSSA: LoRA that starts at the r leading singular triplets of W, which are subtracted.
+
+    Parameters per layer: r (out + in) trained, as many stored. Law: identity at the start up to
+    rounding; exactly equal to editing the base, which is left alone.
+
+    Args:
+        rank: r; the paper uses 128.
+        alpha: numerator of the scale; None for r (scale 1), as in the paper.
+        iterations: of the randomised SVD (4 to 16); None for the exact one.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+
+    References:
+        Meng et al. 2024, arXiv 2404.02948. Deviation: the start is anchored, not cut out of W, so
+        a quantised base is quantised as it is (QPiSSA quantises the residual).
+    """
+    structure = Anchored(LoRA(rank, rank if alpha is None else alpha))
+    paper = "Meng et al. 2024, arXiv 2404.02948"
+    defaults = {"structure": structure, "init": Principal(iterations), "lr": 5e-4}
+    return _recipe(axes, **defaults, name="pissa", paper=paper)
+
+
+def loha(rank: int = 8, alpha: float | None = None, **axes: Any) -> Recipe:
+    """LoHa: ``W + s (B1 A1) * (B2 A2)``, elementwise; rank up to r^2.
+
+    Parameters per layer: 2 r (out + in). Law: identity at the start (B2 = 0).
+
+    Args:
+        rank: r of each factor; 8 has LoRA's parameters at rank 16.
+        alpha: numerator of the scale; None for r.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+
+    References:
+        Hyeon-Woo et al. 2021 (FedPara), arXiv 2108.06098; Yeh et al. 2023 (LyCORIS), 2309.14859.
+    """
+    structure = LoHa(rank, rank if alpha is None else alpha)
+    paper = "Hyeon-Woo et al. 2021, arXiv 2108.06098"
+    return _recipe(axes, structure=structure, lr=4e-3, name="loha", paper=paper)
+
+
+def lokr(rank: int = 16, alpha: float | None = None, factor: int = -1, **axes: Any) -> Recipe:
+    """LoKr: ``W + s C (x) D``, D of rank r where that is smaller.
+
+    Parameters per layer: m1 n1 + r (m2 + n2), or m1 n1 + m2 n2. Law: identity at the start (C = 0).
+
+    Args:
+        rank: r of D.
+        alpha: numerator of the scale; None for r.
+        factor: desired sides of C; -1 for the split nearest to a square.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+
+    References:
+        Yeh et al. 2023 (LyCORIS), arXiv 2309.14859.
+    """
+    structure = LoKr(rank, rank if alpha is None else alpha, factor)
+    paper = "Yeh et al. 2023, arXiv 2309.14859"
+    return _recipe(axes, structure=structure, lr=4e-3, name="lokr", paper=paper)
+
+
+def krona(factor: int = -1, **axes: Any) -> Recipe:
+    """KronA: ``W + C (x) D``, both dense.
+
+    Parameters per layer: m1 n1 + m2 n2. Law: identity at the start (C = 0).
+
+    Args:
+        factor: desired sides of C; -1 for the split nearest to a square.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+
+    References:
+        Edalati et al. 2022, arXiv 2212.10650.
+    """
+    structure = LoKr(rank=None, alpha=None, factor=factor)
+    paper = "Edalati et al. 2022, arXiv 2212.10650"
+    return _recipe(axes, structure=structure, lr=4e-3, name="krona", paper=paper)
+
+
+def hira(rank: int = 32, **axes: Any) -> Recipe:
+    """HiRA: ``W * (1 + B A)``, elementwise; a high-rank update gated by W itself.
+
+    Parameters per layer: r (out + in). Law: identity at the start (B = 0).
+
+    Args:
+        rank: r.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+
+    References:
+        Huang et al. 2025, ICLR (OpenReview TwJrTz9cRS).
+    """
+    paper = "Huang et al. 2025, ICLR"
+    return _recipe(axes, structure=HiRA(rank), lr=1e-2, name="hira", paper=paper)
+
+
+def oft(block: int = 32, terms: int | None = None, **axes: Any) -> Recipe:
+    """OFT: ``W R``, R block-diagonal rotations by the Cayley map.
+
+    Parameters per layer: in (b - 1) / 2. Law: identity at the start (Q = 0); the angles between
+    the rows of W, and their norms, are kept.
+
+    Args:
+        block: b; the largest divisor of ``in`` not above it is taken.
+        terms: of the Neumann series; None for the exact inverse.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+
+    References:
+        Qiu et al. 2023, arXiv 2306.07280; Qiu et al. 2025 (OFTv2), arXiv 2506.19847.
+    """
+    paper = "Qiu et al. 2023, arXiv 2306.07280"
+    return _recipe(axes, structure=OFT(block, terms), lr=2e-3, name="oft", paper=paper)
+
+
+def lora_plus(
+    rank: int = 16, alpha: float | None = None, ratio: float = 16.0, **axes: Any
+) -> Recipe:
+    """LoRA+: LoRA whose B learns ``ratio`` times faster than A.
+
+    Parameters per layer: r (out + in). Law: a group for each side, from the factors' named dims.
+
+    Args:
+        rank: r.
+        alpha: numerator of the scale; None for r.
+        ratio: rate of B over rate of A; the paper finds 2 to 16 and more.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+
+    References:
+        Hayou et al. 2024, arXiv 2402.12354.
+    """
+    return lora(
+        rank,
+        alpha,
+        **{
+            "solver": LoRAPlus(ratio),
+            "lr": 5e-4,
+            "name": "lora_plus",
+            "paper": "Hayou et al. 2024, arXiv 2402.12354",
+            **axes,
+        },
+    )
+
+
+def svd(rank: int = 16, alpha: float | None = None, **axes: Any) -> Recipe:
+    """The SVD form of AdaLoRA without its budget: ``W + s B diag(e) A``.
+
+    Parameters per layer: r (out + in + 1). Law: identity at the start (e = 0).
+
+    Args:
+        rank: r.
+        alpha: numerator of the scale; None for r.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+
+    References:
+        Zhang et al. 2023, arXiv 2303.10512.
+    """
+    structure = SVDForm(rank, rank if alpha is None else alpha)
+    paper = "Zhang et al. 2023, arXiv 2303.10512"
+    return _recipe(axes, structure=structure, init=Gaussian(0.02), lr=4e-3, name="svd", paper=paper)
+
+
+# -- compositions that no paper names ---------------------------------------------------------
+
+
+def dora_lokr(rank: int = 16, **axes: Any) -> Recipe:
+    """DoRA over LoKr: a trained magnitude on the rows of ``W + s C (x) D``.
+
+    Args:
+        rank: r of D.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+    """
+    return _recipe(axes, structure=Magnitude(LoKr(rank, rank)), lr=4e-3, name="dora_lokr")
+
+
+def dora_svd(rank: int = 16, **axes: Any) -> Recipe:
+    """DoRA over the SVD form: a trained magnitude on the rows of ``W + s B diag(e) A``.
+
+    Args:
+        rank: r.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+    """
+    structure = Magnitude(SVDForm(rank, rank))
+    return _recipe(axes, structure=structure, init=Gaussian(0.02), lr=4e-3, name="dora_svd")
+
+
+def pissa_lora_plus(rank: int = 16, ratio: float = 4.0, **axes: Any) -> Recipe:
+    """PiSSA with LoRA+'s rates: a principal start and a faster output side.
+
+    Args:
+        rank: r.
+        ratio: rate of B over rate of A.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+    """
+    return pissa(rank, **{"solver": LoRAPlus(ratio), "lr": 2e-4, "name": "pissa_lora_plus", **axes})

@@ -1,0 +1,104 @@
+"""Names of axes and recipes, ours and other packages'.
+
+A name in a file is never imported. A structure from outside is called ``module:Class`` and is found
+only where an installed package declares it in the entry points ``rankwise.structures``,
+``rankwise.inits``, ``rankwise.solvers``, ``rankwise.ranks`` or ``rankwise.recipes``, or where the
+caller hands it over (``known=``).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from rankwise import inits, ranks, sites, solvers, structures
+from rankwise._recipe import Recipe
+from rankwise.errors import FileFormatError, IncompatibleAxes
+
+AXES = ("structures", "inits", "solvers", "ranks")
+_OWN = {"structures": structures, "inits": inits, "solvers": solvers, "ranks": ranks}
+
+
+def tag(cls: type) -> str:
+    """The name of an axis value's class in files: plain for ours, ``module:Class`` for others."""
+    own = cls.__module__.split(".")[0] == "rankwise"
+    return cls.__name__ if own else f"{cls.__module__}:{cls.__name__}"
+
+
+@functools.cache
+def plugins(axis: str) -> Mapping[str, Any]:
+    """What installed packages declare for an axis: tag or recipe name -> object."""
+    found = {}
+    for point in entry_points(group=f"rankwise.{axis}"):
+        value = point.load()
+        found[point.name if axis == "recipes" else tag(value)] = value
+    return found
+
+
+def choices(axis: str) -> dict[str, type]:
+    """The concrete classes of an axis by tag, plug-ins included."""
+    module = _OWN[axis]
+    own = (getattr(module, name) for name in module.__all__)
+    mine = {tag(c): c for c in own if isinstance(c, type) and is_dataclass(c)}
+    return {**mine, **plugins(axis)}
+
+
+def known_classes(known: Iterable[type] = ()) -> dict[str, type]:
+    """Every class that a recipe in a file may name."""
+    found: dict[str, type] = {"Recipe": Recipe}
+    for cls in (sites.Sites, sites.Target, sites.Override):
+        found[cls.__name__] = cls
+    for axis in AXES:
+        found |= choices(axis)
+    return found | {tag(cls): cls for cls in known}
+
+
+def encode(value: Any) -> Any:
+    """An axis value as JSON: dataclasses become {"type": tag, field: ...}.
+
+    Raises:
+        IncompatibleAxes: a value that has no JSON form, a function for example.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        own = {f.name: getattr(value, f.name) for f in fields(value) if f.name != "penalties"}
+        return {"type": tag(type(value)), **{k: encode(v) for k, v in own.items()}}
+    if isinstance(value, Mapping):
+        return {"type": "dict", "items": [[encode(k), encode(v)] for k, v in value.items()]}
+    if isinstance(value, tuple | list):
+        return [encode(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise IncompatibleAxes(
+        f"A recipe is saved as JSON: numbers, strings, tuples and other axis values; found "
+        f"{value!r} of type {type(value).__name__}."
+    )
+
+
+def decode(data: Any, known: Mapping[str, type]) -> Any:
+    """The inverse of :func:`encode`, over known classes only.
+
+    Raises:
+        FileFormatError: a name that nothing answers to, or fields that do not fit its class.
+    """
+    if isinstance(data, list):
+        return tuple(decode(v, known) for v in data)
+    if not isinstance(data, Mapping):
+        return data
+    name = data.get("type")
+    if name == "dict":
+        return {decode(k, known): decode(v, known) for k, v in data["items"]}
+    if name not in known:
+        raise FileFormatError(
+            f'A recipe names only known axes; found "{name}". If it comes from a package, install '
+            f"that package (entry points rankwise.structures, .inits, .solvers, .ranks), or pass "
+            f"known=[TheClass]."
+        )
+    make: Callable[..., Any] = known[name]
+    values = {k: decode(v, known) for k, v in data.items() if k != "type"}
+    try:
+        return make(**values)
+    except TypeError as error:
+        raise FileFormatError(f"The fields of {name} in this file do not fit: {error}.") from error

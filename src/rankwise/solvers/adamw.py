@@ -1,0 +1,89 @@
+"""AdamW, with one rate or with two (LoRA+)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+
+from rankwise.adapter import SiteFactors
+from rankwise.solvers.solver import Solver, grouped
+
+
+@final
+@dataclass(frozen=True)
+class AdamW(Solver):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv 1711.05101).
+
+    Attributes:
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: per step, times the learning rate.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset()
+
+    def groups(self, sites: Iterable[SiteFactors], lr: float) -> list[dict[str, Any]]:
+        params = [p for site in sites for p in site.parameters() if p.requires_grad]
+        return grouped({"factors": params}, {"factors": lr})
+
+    def __call__(self, sites: Iterable[SiteFactors], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.groups(sites, lr),
+            lr=lr,
+            betas=tuple(self.betas),
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
+
+
+@final
+@dataclass(frozen=True)
+class LoRAPlus(Solver):
+    """AdamW with a larger rate on the output side (LoRA+; Hayou et al. 2024, arXiv 2402.12354).
+
+    Factors whose first dim is "out" and that have a second one take ``ratio * lr``.
+
+    Attributes:
+        ratio: rate of the output side over the rate of the rest.
+        betas: as in AdamW.
+        eps: as in AdamW.
+        weight_decay: as in AdamW.
+    """
+
+    ratio: float = 16.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset({"two_sided"})
+
+    def groups(self, sites: Iterable[SiteFactors], lr: float) -> list[dict[str, Any]]:
+        members: dict[str, list[torch.nn.Parameter]] = {"in side": [], "out side": []}
+        for site in sites:
+            described = site.described
+            for name, parameter in site.named_parameters():
+                dims = tuple(described[name].dims)
+                side = "out side" if dims[0] == "out" and len(dims) > 1 else "in side"
+                if parameter.requires_grad:
+                    members[side].append(parameter)
+        return grouped(members, {"in side": lr, "out side": lr * self.ratio})
+
+    def __call__(self, sites: Iterable[SiteFactors], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.groups(sites, lr),
+            lr=lr,
+            betas=tuple(self.betas),
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )

@@ -1,0 +1,108 @@
+"""Structures whose update is exactly low rank. b (out, rank), a (rank, in), e (rank,)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from rankwise.errors import IncompatibleAxes
+from rankwise.host import Site
+from rankwise.ops import Dense, Diagonal, LinearOperator, Product
+from rankwise.structures.structure import Additive, Factor, Factors, Start, check_rank
+
+
+def scale_of(rank: int, alpha: float | None, rule: str) -> float:
+    """The scale s of a rank-r update: alpha/r or alpha/sqrt(r) (rsLoRA); 1 where alpha is None."""
+    if alpha is None:
+        return 1.0
+    return alpha / rank**0.5 if rule == "alpha/sqrt(r)" else alpha / rank
+
+
+def check_scale_rule(rule: str) -> None:
+    """Refuse a scale rule that nothing knows.
+
+    Raises:
+        IncompatibleAxes: the rule is neither "alpha/r" nor "alpha/sqrt(r)".
+    """
+    if rule not in ("alpha/r", "alpha/sqrt(r)"):
+        raise IncompatibleAxes(
+            f'The scale rule is "alpha/r" or "alpha/sqrt(r)" (rsLoRA); found "{rule}".'
+        )
+
+
+@final
+@dataclass(frozen=True)
+class LoRA(Additive):
+    """``W + s B A`` (Hu et al. 2021, arXiv 2106.09685).
+
+    Attributes:
+        rank: r.
+        alpha: numerator of the scale; None for a scale of 1.
+        scale_rule: "alpha/r", or "alpha/sqrt(r)" (rsLoRA; Kalajdzievski 2023, arXiv 2312.03732).
+    """
+
+    rank: int = 16
+    alpha: float | None = 16.0
+    scale_rule: str = "alpha/r"
+
+    def __post_init__(self) -> None:
+        check_scale_rule(self.scale_rule)
+
+    @property
+    def traits(self) -> frozenset[str]:
+        return frozenset({"additive", "lowrank", "two_sided", "random_start", "drops"})
+
+    @property
+    def scale(self) -> float:
+        return scale_of(self.rank, self.alpha, self.scale_rule)
+
+    def factors(self, site: Site) -> dict[str, Factor]:
+        r = check_rank(self.rank, site, min(site.rows, site.cols))
+        # a column of a moves only when its token is seen: a look-up starts with b at random
+        a, b = Start.RANDOM, Start.ZEROS
+        a, b = (b, a) if site.kind == "embedding" else (a, b)
+        return {
+            "a": Factor({"rank": r, "in": site.cols}, a),
+            "b": Factor({"out": site.rows, "rank": r}, b),
+        }
+
+    def operator(self, f: Factors) -> LinearOperator:
+        return Product(Dense(f["b"]), Dense(f["a"]))
+
+
+@final
+@dataclass(frozen=True)
+class SVDForm(Additive):
+    """``W + s B diag(e) A``, the three-factor form of AdaLoRA (Zhang et al. 2023, arXiv 2303.10512).
+
+    Attributes:
+        rank: r.
+        alpha: numerator of the scale; None for a scale of 1.
+        scale_rule: "alpha/r" or "alpha/sqrt(r)".
+    """
+
+    rank: int = 16
+    alpha: float | None = 16.0
+    scale_rule: str = "alpha/r"
+
+    def __post_init__(self) -> None:
+        check_scale_rule(self.scale_rule)
+
+    @property
+    def traits(self) -> frozenset[str]:
+        return frozenset({"additive", "lowrank", "two_sided", "random_start", "drops"})
+
+    @property
+    def scale(self) -> float:
+        return scale_of(self.rank, self.alpha, self.scale_rule)
+
+    def factors(self, site: Site) -> dict[str, Factor]:
+        r = check_rank(self.rank, site, min(site.rows, site.cols))
+        return {
+            "a": Factor({"rank": r, "in": site.cols}, Start.RANDOM),
+            "b": Factor({"out": site.rows, "rank": r}, Start.RANDOM),
+            "e": Factor({"rank": r}),
+        }
+
+    def operator(self, f: Factors) -> LinearOperator:
+        return Product(Dense(f["b"]), Product(Diagonal(f["e"]), Dense(f["a"])))

@@ -1,0 +1,202 @@
+"""The structure: from a few small tensors to the adapted map, with no tensors of its own.
+
+Shapes: W (out, in); factors are named, each a :class:`Factor` of named dims, with the same leading
+batch dims everywhere when several adapters (or experts) are stacked; x is whatever the host takes.
+
+Laws, checked over everything exported (``rankwise.testing``):
+
+- L1 meaning: ``apply(f, x, host) == x @ weight(f, W).T``
+- L2 identity: with the start values the adapted map is the base's map
+- L3 batch: ``apply`` on stacked factors equals ``apply`` sample by sample
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol, TypeAlias, final
+
+from torch import Tensor
+
+from rankwise.errors import RankError
+from rankwise.host import Host, Site
+from rankwise.ops import Dense, LinearOperator, Scaled
+
+Factors: TypeAlias = Mapping[str, Tensor]
+
+
+class Start(Enum):
+    """Where a factor starts when the init axis says nothing else of it."""
+
+    ZEROS = "zeros"
+    ONES = "ones"
+    RANDOM = "random"  # drawn by the init axis
+
+
+@final
+@dataclass(frozen=True)
+class Factor:
+    """One small tensor, described by named dims.
+
+    The names are the contract: "out" follows the rows of W, "in" its columns, "rank" is what rank
+    masks act on. They alone give the shape, the groups of a solver, and the export.
+
+    Attributes:
+        dims: name of each dim and its size, in order.
+        start: where it starts.
+        trainable: whether it is trained or only stored.
+    """
+
+    dims: Mapping[str, int]
+    start: Start = Start.ZEROS
+    trainable: bool = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sizes, in order."""
+        return tuple(self.dims.values())
+
+
+class LeafStart(Protocol):
+    """What an init gives a structure: the starting values of a structure that wraps no other."""
+
+    def __call__(self, structure: Structure, site: Site, weight: Callable[[], Tensor]) -> Factors:
+        """Values of every factor of ``structure`` at ``site``."""
+        ...
+
+
+class Structure(ABC):
+    """How trainable factors become an update, and how it meets W. A frozen dataclass.
+
+    Facts that other axes rely on are traits:
+
+    - ``random_start``: some factor is drawn at random, so an init can choose how;
+    - ``lowrank``: the update is ``s * b @ a`` (``b @ diag(e) @ a``), with factors of these names;
+    - ``two_sided``: some factors lie on the "out" side and others on the "in" side;
+    - ``anchored``: may start anywhere, since the start is subtracted;
+    - ``additive``: y = host(x) + update(x);
+    - ``drops``: honours dropout on its input;
+    - ``moves_at_start``, ``identity_to_rounding``: documented exceptions to L2.
+    """
+
+    @property
+    @abstractmethod
+    def traits(self) -> frozenset[str]:
+        """The facts above that hold for this structure."""
+
+    @abstractmethod
+    def factors(self, site: Site) -> dict[str, Factor]:
+        """The factors that one site needs.
+
+        Raises:
+            RankError: the rank does not fit the site.
+        """
+
+    @abstractmethod
+    def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
+        """Starting values: ``leaf`` gives those of the innermost structure, wrappers add theirs."""
+
+    @abstractmethod
+    def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
+        """Output of the adapted layer, without bias."""
+
+    @abstractmethod
+    def weight(self, f: Factors, w: Tensor) -> Tensor:
+        """The same map, dense: (*batch, out, in)."""
+
+    @abstractmethod
+    def delta(self, f: Factors) -> LinearOperator | None:
+        """The update as an operator where it is added to W whatever W is, else None."""
+
+
+class Leaf(Structure):
+    """A structure that wraps no other: its starting values are the init's."""
+
+    @final
+    def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
+        return dict(leaf(self, site, weight))
+
+
+class Additive(Leaf):
+    """``W + scale * operator``."""
+
+    @property
+    @abstractmethod
+    def scale(self) -> float:
+        """The factor s in front of the operator."""
+
+    @abstractmethod
+    def operator(self, f: Factors) -> LinearOperator:
+        """The update without its scale."""
+
+    @final
+    def delta(self, f: Factors) -> LinearOperator:
+        return Scaled(self.operator(f), self.scale)
+
+    @final
+    def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
+        return host(x) + host.mv(self.delta(f), host.drop(x))
+
+    @final
+    def weight(self, f: Factors, w: Tensor) -> Tensor:
+        return w + self.delta(f).dense()
+
+
+class Rotation(Leaf):
+    """``W R``: a rotation of the input space, exactly identity at R = I."""
+
+    @abstractmethod
+    def operator(self, f: Factors) -> LinearOperator:
+        """R, (in, in)."""
+
+    @final
+    def delta(self, f: Factors) -> None:
+        return None
+
+    @final
+    def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
+        return host.rotate(self.operator(f), x)
+
+    @final
+    def weight(self, f: Factors, w: Tensor) -> Tensor:
+        return self.operator(f).T.mv(w)
+
+
+class Gate(Leaf):
+    """``W * (1 + operator)`` elementwise."""
+
+    @abstractmethod
+    def operator(self, f: Factors) -> LinearOperator:
+        """The gate minus one, (out, in)."""
+
+    @final
+    def delta(self, f: Factors) -> None:
+        return None
+
+    @final
+    def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
+        update = (
+            host.weight() * self.operator(f).dense()
+        )  # apart from W: W + dW would round it away
+        return host(x) + host.mv(Dense(update), host.drop(x))
+
+    @final
+    def weight(self, f: Factors, w: Tensor) -> Tensor:
+        return w + w * self.operator(f).dense()
+
+
+def check_rank(rank: int, site: Site, most: int) -> int:
+    """Return the rank if it fits the site.
+
+    Raises:
+        RankError: it is below 1 or above ``most``.
+    """
+    if not 1 <= rank <= most:
+        raise RankError(
+            f"A rank lies between 1 and the smaller side of the layer, here {most}; found "
+            f"rank={rank} at {site.name} ({site.rows} x {site.cols}). Choose another rank, or "
+            f"override it there: Sites(overrides={{'{site.name}': {{'rank': ...}}}})."
+        )
+    return rank

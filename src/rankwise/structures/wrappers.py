@@ -1,0 +1,278 @@
+"""Wrappers: structures around a structure. Their factors are the inner ones and a few more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import IncompatibleAxes, TargetError
+from rankwise.host import Adapted, Host, Site
+from rankwise.ops import LinearOperator, Scaled, Sum
+from rankwise.structures.structure import Factor, Factors, LeafStart, Structure
+
+
+def under(prefix: str, f: Factors) -> dict[str, Tensor]:
+    """The factors whose names begin with ``prefix_``, without it."""
+    return {k.removeprefix(f"{prefix}_"): v for k, v in f.items() if k.startswith(f"{prefix}_")}
+
+
+def row_norm(w: Tensor) -> Tensor:
+    """Euclidean norm of each row of w (*batch, out, in), at least in float32: (*batch, out)."""
+    return torch.linalg.vector_norm(w.to(torch.promote_types(w.dtype, torch.float32)), dim=-1)
+
+
+@final
+@dataclass(frozen=True)
+class Magnitude(Structure):
+    """``diag(m / |W'|) W'`` with W' from *any* structure (DoRA; Liu et al. 2024, arXiv 2402.09353).
+
+    The norms |W'| of the rows are constants in the backward pass, as in the paper. Where a row of
+    W' is zero it stays zero.
+
+    Attributes:
+        inner: the structure that gives the direction W'.
+    """
+
+    inner: Structure
+
+    def __post_init__(self) -> None:
+        if isinstance(self.inner, Magnitude):
+            raise IncompatibleAxes(
+                "A magnitude on a magnitude is the same magnitude; found Magnitude(Magnitude(...)). "
+                "Keep one."
+            )
+
+    @property
+    def traits(self) -> frozenset[str]:
+        return self.inner.traits - {"additive"} | {"identity_to_rounding"}
+
+    def factors(self, site: Site) -> dict[str, Factor]:
+        return {**self.inner.factors(site), "magnitude": Factor({"out": site.rows})}
+
+    def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
+        f = self.inner.start(site, weight, leaf)
+        return {**f, "magnitude": row_norm(self.inner.weight(f, weight()))}
+
+    def _scale(self, f: Factors, direction: Tensor) -> Tensor:
+        with torch.no_grad():
+            norm = row_norm(direction)
+        return torch.where(norm > 0, f["magnitude"] / norm.clamp_min(1e-30), 0.0)
+
+    def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
+        with torch.no_grad():
+            direction = self.inner.weight(f, host.weight())
+        scale = self._scale(f, direction)
+        return host.scale_rows(scale, lambda x: self.inner.apply(f, x, host), x)
+
+    def weight(self, f: Factors, w: Tensor) -> Tensor:
+        direction = self.inner.weight(f, w)
+        return self._scale(f, direction).unsqueeze(-1) * direction
+
+    def delta(self, f: Factors) -> None:
+        return None
+
+
+@final
+@dataclass(frozen=True)
+class Anchored(Structure):
+    """``W + op(f) - op(f_0)``: a start other than zero that leaves the base as it is.
+
+    Exactly equal to editing the base (PiSSA; Meng et al. 2024, arXiv 2404.02948), with the base
+    untouched and the start f_0 stored beside the factors: nothing is recomputed on load.
+
+    Attributes:
+        inner: an additive structure.
+    """
+
+    inner: Structure
+
+    def __post_init__(self) -> None:
+        if "additive" not in self.inner.traits:
+            raise IncompatibleAxes(
+                f"An anchor subtracts the update's start, so the update must be additive; found "
+                f"Anchored({self.inner!r}). Anchor the additive structure inside instead: "
+                f"Magnitude(Anchored(LoRA(...)))."
+            )
+
+    @property
+    def traits(self) -> frozenset[str]:
+        return self.inner.traits | {"anchored", "identity_to_rounding"}
+
+    def factors(self, site: Site) -> dict[str, Factor]:
+        inner = self.inner.factors(site)
+        kept = {f"anchor_{k}": Factor(v.dims, v.start, trainable=False) for k, v in inner.items()}
+        return {**inner, **kept}
+
+    def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
+        f = self.inner.start(site, weight, leaf)
+        return {**f, **{f"anchor_{name}": value.clone() for name, value in f.items()}}
+
+    def delta(self, f: Factors) -> LinearOperator:
+        now, then = self.inner.delta(f), self.inner.delta(under("anchor", f))
+        assert now is not None and then is not None
+        return Sum(now, Scaled(then, -1.0))
+
+    def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
+        return host(x) + host.mv(self.delta(f), host.drop(x))
+
+    def weight(self, f: Factors, w: Tensor) -> Tensor:
+        return w + self.delta(f).dense()
+
+
+@final
+@dataclass(frozen=True)
+class Rows(Structure):
+    """Named row ranges of a fused projection (qkv, gate_up), each with its own factors.
+
+    Attributes:
+        inner: the structure on each part.
+        parts: (name, first row, last row + 1) of each adapted part.
+    """
+
+    inner: Structure
+    parts: tuple[tuple[str, int, int], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(tuple(p) for p in self.parts))
+        spans = sorted((a, b) for _, a, b in self.parts)
+        overlap = any(one[1] > two[0] for one, two in zip(spans, spans[1:], strict=False))
+        if not spans or overlap or any(not 0 <= a < b for a, b in spans):
+            raise IncompatibleAxes(
+                f"Parts are disjoint, non-empty row ranges (name, first, last + 1); found "
+                f"{self.parts}."
+            )
+
+    @property
+    def traits(self) -> frozenset[str]:
+        return self.inner.traits - {"additive"}
+
+    def _sites(self, site: Site) -> dict[str, Site]:
+        if site.kind not in ("linear", "parameter"):
+            raise TargetError(
+                f"Parts are rows of a fused linear projection; {site.name} is of kind {site.kind}."
+            )
+        last = max(b for _, _, b in self.parts)
+        if last > site.rows:
+            raise TargetError(
+                f"Parts lie within the {site.rows} rows of {site.name}; found a part up to {last}."
+            )
+        fields = {k: getattr(site, k) for k in site.__dataclass_fields__}
+        return {
+            part: Site(**{**fields, "name": f"{site.name}[{part}]", "rows": b - a})
+            for part, a, b in self.parts
+        }
+
+    def factors(self, site: Site) -> dict[str, Factor]:
+        return {
+            f"{part}_{name}": factor
+            for part, sub in self._sites(site).items()
+            for name, factor in self.inner.factors(sub).items()
+        }
+
+    def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
+        spans = {part: (a, b) for part, a, b in self.parts}
+        found: dict[str, Tensor] = {}
+        for part, sub in self._sites(site).items():
+            a, b = spans[part]
+            f = self.inner.start(sub, lambda a=a, b=b: weight()[..., a:b, :], leaf)
+            found |= {f"{part}_{name}": value for name, value in f.items()}
+        return found
+
+    def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
+        y, cuts, end = host(x), [], 0
+        for part, a, b in sorted(self.parts, key=lambda p: p[1]):
+            cuts += [y[..., end:a], self.inner.apply(under(part, f), x, RowsHost(host, a, b, x, y))]
+            end = b
+        return torch.cat([*cuts, y[..., end:]], dim=-1)
+
+    def weight(self, f: Factors, w: Tensor) -> Tensor:
+        cuts, end = [], 0
+        for part, a, b in sorted(self.parts, key=lambda p: p[1]):
+            cuts += [w[..., end:a, :], self.inner.weight(under(part, f), w[..., a:b, :])]
+            end = b
+        cuts.append(w[..., end:, :])
+        lead = max((c.shape[:-2] for c in cuts), key=len)
+        return torch.cat([c.expand(*lead, *c.shape[-2:]) for c in cuts], dim=-2)
+
+    def delta(self, f: Factors) -> None:
+        return None
+
+
+@final
+class RowsHost(Host):
+    """Rows a..b of a linear host. The host's output at x is known already, and is reused."""
+
+    kind = "rows"
+
+    def __init__(self, host: Host, a: int, b: int, x: Tensor, y: Tensor) -> None:
+        super().__init__(host.module, host.dropout)
+        self.host, self.a, self.b, self.x, self.y = host, a, b, x, y
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.y if x is self.x else self.host(x)
+        return y[..., self.a : self.b]
+
+    def mv(self, op: LinearOperator, x: Tensor) -> Tensor:
+        return self.host.mv(op, x)
+
+    def weight(self) -> Tensor:
+        return self.host.weight()[..., self.a : self.b, :]
+
+    def drop(self, x: Tensor) -> Tensor:
+        return self.host.drop(x)
+
+    def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
+        return self.host.rotate(op, x)[..., self.a : self.b]
+
+    def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return self.host.scale_rows(scale, run, x)
+
+    def overwrite(self, y: Tensor, x: Tensor, index: tuple[int, ...], rows: Tensor) -> Tensor:
+        raise AssertionError("parts of a projection have no vocabulary")
+
+
+@final
+@dataclass(frozen=True)
+class Stack(Structure):
+    """Two structures at one site, the second on top of the first (LoRA and new token rows).
+
+    Attributes:
+        first: the structure next to the base.
+        second: the structure on the adapted base.
+    """
+
+    first: Structure
+    second: Structure
+
+    @property
+    def traits(self) -> frozenset[str]:
+        common = self.first.traits & self.second.traits
+        either = (self.first.traits | self.second.traits) - common
+        return (common | either & {"identity_to_rounding", "moves_at_start"}) - {"additive"}
+
+    def factors(self, site: Site) -> dict[str, Factor]:
+        first, second = self.first.factors(site), self.second.factors(site)
+        return {f"first_{k}": v for k, v in first.items()} | {
+            f"second_{k}": v for k, v in second.items()
+        }
+
+    def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
+        first = self.first.start(site, weight, leaf)
+        second = self.second.start(site, lambda: self.first.weight(first, weight()), leaf)
+        return {f"first_{k}": v for k, v in first.items()} | {
+            f"second_{k}": v for k, v in second.items()
+        }
+
+    def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
+        below = Adapted(self.first, under("first", f), host, host.dropout)
+        return self.second.apply(under("second", f), x, below)
+
+    def weight(self, f: Factors, w: Tensor) -> Tensor:
+        return self.second.weight(under("second", f), self.first.weight(under("first", f), w))
+
+    def delta(self, f: Factors) -> None:
+        return None

@@ -1,0 +1,30 @@
+"""Frozen weights of any storage format, one file each."""
+
+from torch import nn
+
+from rankwise.errors import WeightFormatError
+from rankwise.weights.bitsandbytes import FourBitWeight, Int8Weight
+from rankwise.weights.dense import DenseWeight
+from rankwise.weights.weight import Weight
+
+FORMATS: tuple[type[Weight], ...] = (FourBitWeight, Int8Weight, DenseWeight)
+
+
+def weight_of(module: nn.Module) -> Weight:
+    """The weight of a linear module, in whatever format it is stored.
+
+    Raises:
+        WeightFormatError: the format is none of those that can be read and trained through.
+    """
+    for format_ in FORMATS:
+        if format_.claims(module):
+            return format_(module)
+    weight = module._parameters.get("weight")
+    raise WeightFormatError(
+        f"A linear weight is floating point, bitsandbytes 4-bit or bitsandbytes int8; found "
+        f"{type(module).__name__} with {'no weight' if weight is None else weight.dtype}. Load "
+        f"the base in one of these formats, or exclude the module from the targets."
+    )
+
+
+__all__ = ["FORMATS", "DenseWeight", "FourBitWeight", "Int8Weight", "Weight", "weight_of"]
