@@ -15,10 +15,9 @@ demo: $(READY)   ## fine-tune, compare, merge and save a small model that ships 
 
 test: lint types docs tests   ## everything that must hold; pytest's summary comes last
 
-lint: $(READY)   ## style, formatting and the shape of docstrings
+lint: $(READY)   ## style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pydoclint src
 
 types: $(READY)  ## static types
 	$(BIN)/basedpyright

@@ -62,7 +62,7 @@ def with_peft(base: LlamaForCausalLM, rank: int) -> nn.Module:
 def with_rankwise(base: LlamaForCausalLM, rank: int, twin: nn.Module) -> nn.Module:
     """Attach LoRA with the factors of the PEFT model, so that both compute one function."""
     model = copy.deepcopy(base)
-    adapter = rw.attach(model, rw.recipe("lora", rank=rank, sites=TARGETS))
+    adapter = rw.attach(model, rw.recipe("lora", rank=rank, sites=rw.Sites(TARGETS)))
     theirs = twin.state_dict()
     with torch.no_grad():
         for site, factors in adapter.items():
