@@ -117,7 +117,8 @@ class Record:
             return
         if y.grad_fn is not None:
             token = _Token(choice)
-            y.grad_fn.metadata["rankwise"] = token
+            metadata: Any = y.grad_fn.metadata  # a dict that lives as long as the node
+            metadata["rankwise"] = token
             self.tokens.add(token)
         elif not torch.is_grad_enabled() and activity.may_checkpoint:
             self.without_graph.add(choice)

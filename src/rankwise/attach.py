@@ -200,7 +200,7 @@ def check_model(model: nn.Module, trainable: bool = True) -> None:
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
             raise AttachError(
-                "attach before DeepSpeed ZeRO-3 partitions the model: its parameters are empty now. "
+                "attach before DeepSpeed ZeRO-3 partitions the model: its parameters are empty. "
                 "Attach first, or use FSDP2 (torch.distributed.fsdp.fully_shard)."
             )
         if parameter.device.type == "meta":
@@ -361,8 +361,8 @@ def attach(
     missing = recipe.init.needs if stats is None else frozenset()
     if missing:
         raise AttachError(
-            f"{type(recipe.init).__name__} reads statistics ({', '.join(sorted(missing))}) that were "
-            f"not collected: stats = rw.collect(model, batches, recipe); rw.attach(..., stats=stats)."
+            f"{type(recipe.init).__name__} reads statistics ({', '.join(sorted(missing))}) that "
+            f"were not collected; gather them over some batches and pass stats=."
         )
     if recipe.sites.tied == "untie":
         _untie(model)

@@ -153,8 +153,9 @@ def put(module: nn.Module, adapter: str, slot: str, factors: SiteFactors, regist
         layer = True
     else:
         names = tuple(sorted({*names, slot}))
-    module.__class__ = graft_class(base, layer, names)
-    module.adapters.put(adapter, slot, factors)
+    grafted: Any = module
+    grafted.__class__ = graft_class(base, layer, names)
+    grafted.adapters.put(adapter, slot, factors)
     _reseat(module)
 
 
@@ -171,8 +172,8 @@ def remove(module: nn.Module, adapter: str) -> None:
     module.adapters._modules.pop(adapter, None)
     if module.adapters._modules:
         return
-    base = module.grafted_base
-    module._modules.pop("adapters")
-    module.__dict__.pop("grafted_transposed", None)
-    module.__class__ = base
+    grafted: Any = module
+    grafted._modules.pop("adapters")
+    grafted.__dict__.pop("grafted_transposed", None)
+    grafted.__class__ = grafted.grafted_base
     _reseat(module)

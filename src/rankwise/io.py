@@ -194,7 +194,7 @@ def read(path: str | Path, known: Iterable[type] = ()) -> Saved:
     file = file / FILE if file.is_dir() else file
     if not file.is_file():
         raise FileFormatError(
-            f"An adapter is a folder with {FILE} in it; found none at {path}. For a PEFT folder use "
+            f"An adapter is a folder with {FILE} in it; found none at {path}. For PEFT's use "
             f"rw.formats.peft, or rankwise convert --from peft."
         )
     try:
@@ -203,8 +203,8 @@ def read(path: str | Path, known: Iterable[type] = ()) -> Saved:
             if header.get("rankwise_format") != FORMAT:
                 raise FileFormatError(
                     f"A rankwise adapter says format {FORMAT} in its header; {file} says "
-                    f"{header.get('rankwise_format', 'nothing')}. It was written by another tool or "
-                    f"a newer version."
+                    f"{header.get('rankwise_format', 'nothing')}. It was written by another tool "
+                    f"or a newer version."
                 )
             flat = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
         recipe_data, placement_data = json.loads(header["recipe"]), json.loads(header["placements"])
@@ -250,9 +250,7 @@ def _checked(
                 raise FileFormatError(f"{key} in {file} holds NaN or infinite values.")
             values[name] = tensor
     if flat:
-        raise FileFormatError(
-            f"{file} holds tensors that its recipe does not know: {sorted(flat)[:4]}."
-        )
+        raise FileFormatError(f"{file} holds tensors unknown to its recipe: {sorted(flat)[:4]}.")
     return found
 
 
@@ -280,7 +278,7 @@ def carried(model: nn.Module, placement: Placement) -> list[tuple[nn.Module, str
     if (site.rows, site.cols, site.stack) != (want.rows, want.cols, want.stack):
         raise BaseMismatch(
             f"The adapter was made for {want.name} of {want.rows} x {want.cols}; this model's is "
-            f"{site.rows} x {site.cols}. Load it on the model that it was made for (for new tokens, "
-            f"resize the embedding first)."
+            f"{site.rows} x {site.cols}. Load it on the model that it was made for (for new "
+            f"tokens, resize the embedding first)."
         )
     return found

@@ -87,7 +87,7 @@ def decode(data: Any, known: Mapping[str, type]) -> Any:
         return tuple(decode(v, known) for v in data)
     if not isinstance(data, Mapping):
         return data
-    name = data.get("type")
+    name = str(data.get("type"))
     if name == "dict":
         return {decode(k, known): decode(v, known) for k, v in data["items"]}
     if name not in known:

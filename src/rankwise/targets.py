@@ -61,7 +61,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> Any:
     """The module that the model itself calls its output embeddings."""
     getter = getattr(model, "get_output_embeddings", None)
     try:
@@ -158,7 +158,7 @@ def _selected(sites: Sites, found: list[Candidate]) -> list[Candidate]:
     names -= {c.site.name for t in sites.exclude for c in hits[t]}
     if sites.layers is not None:
         there = {c.site.layer for c in found if c.site.name in names}
-        missing = sorted(set(sites.layers) - there)  # type: ignore[type-var]
+        missing = sorted(set(sites.layers) - there)
         if missing:
             raise TargetError(
                 f"Every index of layers must be a block with a target; found no block {missing} "
@@ -179,23 +179,23 @@ def changed(structure: Structure, changes: Mapping[str, Any]) -> Structure:
     assert is_dataclass(structure)
     inner = getattr(structure, "inner", None)
     if isinstance(inner, Structure):
-        return replace(structure, inner=changed(inner, changes))  # type: ignore[type-var]
+        return replace(structure, inner=changed(inner, changes))
     known = {f.name for f in fields(structure)}
     if unknown := set(changes) - known:
         raise IncompatibleAxes(
             f"An override changes fields of {type(structure).__name__}, which are {sorted(known)}; "
             f"found {sorted(unknown)}."
         )
-    return replace(structure, **changes)  # type: ignore[type-var]
+    return replace(structure, **changes)
 
 
 def _spans(model: nn.Module, site: Site, parts: Sequence[Any]) -> tuple[tuple[str, int, int], ...]:
     """Row ranges of named parts: q, k, v of a fused qkv (grouped-query sizes from the config)."""
     config = getattr(model, "config", None)
-    heads = getattr(config, "num_attention_heads", None)
-    kv = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None)
-    if width is None and heads:
+    heads: int = getattr(config, "num_attention_heads", None) or 0
+    kv: int = getattr(config, "num_key_value_heads", None) or heads
+    width: int = getattr(config, "head_dim", None) or 0
+    if heads and not width:
         width = getattr(config, "hidden_size", 0) // heads
     sizes: dict[str, int]
     named = [p for p in parts if isinstance(p, str)]

@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from rankwise.host.site import LayerHost, Site
+from rankwise.host.site import PlainHost, Site
 from rankwise.ops import Dense, LinearOperator
 
 _CONV = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
@@ -28,7 +28,7 @@ _TRANSPOSED = {
 
 
 @final
-class ConvHost(LayerHost):
+class ConvHost(PlainHost):
     """``nn.Conv1d/2d/3d`` and ``nn.ConvTranspose1d/2d/3d``."""
 
     kind = "conv"

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from rankwise.errors import TargetError
 from rankwise.host.linear import scale_last
-from rankwise.host.site import LayerHost, Site
+from rankwise.host.site import PlainHost, Site
 from rankwise.ops import Dense, LinearOperator
 from rankwise.ops.operator import gather_rows
 
 
 @final
-class EmbeddingHost(LayerHost):
+class EmbeddingHost(PlainHost):
     """``nn.Embedding`` and its scaled subclasses."""
 
     kind = "embedding"

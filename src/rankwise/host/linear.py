@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from rankwise.host.site import LayerHost, Site
+from rankwise.host.site import LayerHost, PlainHost, Site
 from rankwise.ops import LinearOperator
 from rankwise.weights import weight_of
 
@@ -100,7 +100,7 @@ class LinearHost(_MatrixHost):
 
 
 @final
-class Conv1DHost(_MatrixHost):
+class Conv1DHost(_MatrixHost, PlainHost):
     """transformers' ``Conv1D`` (GPT-2): a linear layer that stores (in, out)."""
 
     kind = "linear"

@@ -116,23 +116,41 @@ class LayerHost(Host):
     def write(self, w: Tensor) -> None:
         """Store the matrix w (out, in) as the layer's weight: merging, once."""
 
+    @abstractmethod
+    def snapshot(self) -> object:
+        """The stored bits of the weight, for ``restore``."""
+
+    @abstractmethod
+    def restore(self, bits: Any) -> None:
+        """Put back what ``snapshot`` returned, bit for bit."""
+
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
         """The dtype in which the layer computes."""
-        return self.module.weight.dtype
 
+    @final
     def parameter(self) -> nn.Parameter:
         """The parameter itself, to tell shared weights."""
         return self.module._parameters["weight"]
 
+
+class PlainHost(LayerHost):
+    """A layer whose weight is an ordinary floating-point parameter."""
+
+    @final
     def snapshot(self) -> object:
-        """The stored bits of the weight, for ``restore``."""
         return self.parameter().detach().clone()
 
+    @final
     @torch.no_grad()
     def restore(self, bits: Any) -> None:
-        """Put back what ``snapshot`` returned, bit for bit."""
         self.parameter().copy_(bits)
+
+    @property
+    @final
+    def dtype(self) -> torch.dtype:
+        return self.parameter().dtype
 
 
 @final

@@ -15,7 +15,7 @@ from rankwise.structures import Factor
 @final
 @dataclass(frozen=True)
 class Kaiming(Drawn):
-    """Uniform within +-1/sqrt(n), n the last dim: the default of ``nn.Linear``, loralib and PEFT."""
+    """Uniform within +-1/sqrt(n), n the last dim: as ``nn.Linear``, loralib and PEFT do."""
 
     @property
     def requires(self) -> frozenset[str]:

@@ -97,7 +97,7 @@ def _jobs(model: nn.Module, names: Sequence[str]) -> list[_Job]:
             if not levels:
                 continue
             kind = kind_of(module) if slot == LAYER else None
-            host: Any = kind(module) if kind else ParameterHost(module, slot)  # type: ignore[arg-type]
+            host: Any = kind(module) if kind else ParameterHost(module, slot)
             found.setdefault(id(host.parameter()), _Job(levels[0].site.name, host, tuple(levels)))
     return list(found.values())
 

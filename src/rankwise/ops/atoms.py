@@ -66,7 +66,7 @@ class Diagonal(LinearOperator):
 
 @final
 class Product(LinearOperator):
-    """``left right``: the right factor acts first. Low rank where its inner size is the smallest."""
+    """``left right``: the right factor acts first. Always lowers, to its inner size."""
 
     def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
         self.left, self.right = left, right
@@ -235,7 +235,7 @@ class BlockDiagonal(LinearOperator):
         return y.transpose(-2, -3).flatten(-2)
 
     def dense(self) -> Tensor:
-        k, b = self.blocks.shape[-3], self.blocks.shape[-1]
+        k = self.blocks.shape[-3]
         eye = torch.eye(k, dtype=self.blocks.dtype, device=self.blocks.device)
         full = self.blocks.unsqueeze(-2) * eye[:, None, :, None]  # (*batch, k, b, k, b)
         return full.reshape(*self.blocks.shape[:-3], *self.shape)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class LowRank(NamedTuple):
-    """The exact factorisation ``left @ right`` of an operator: (*batch, M, r) and (*batch, r, N)."""
+    """The exact factors of ``left @ right``: (*batch, M, r) and (*batch, r, N)."""
 
     left: Tensor
     right: Tensor

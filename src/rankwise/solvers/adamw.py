@@ -39,7 +39,7 @@ class AdamW(Solver):
         return torch.optim.AdamW(
             self.groups(sites, lr),
             lr=lr,
-            betas=tuple(self.betas),
+            betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
         )
@@ -83,7 +83,7 @@ class LoRAPlus(Solver):
         return torch.optim.AdamW(
             self.groups(sites, lr),
             lr=lr,
-            betas=tuple(self.betas),
+            betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
         )

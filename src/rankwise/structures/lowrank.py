@@ -73,7 +73,7 @@ class LoRA(Additive):
 @final
 @dataclass(frozen=True)
 class SVDForm(Additive):
-    """``W + s B diag(e) A``, the three-factor form of AdaLoRA (Zhang et al. 2023, arXiv 2303.10512).
+    """``W + s B diag(e) A``, AdaLoRA's three factors (Zhang et al. 2023, arXiv 2303.10512).
 
     Attributes:
         rank: r.

@@ -28,7 +28,7 @@ def row_norm(w: Tensor) -> Tensor:
 @final
 @dataclass(frozen=True)
 class Magnitude(Structure):
-    """``diag(m / |W'|) W'`` with W' from *any* structure (DoRA; Liu et al. 2024, arXiv 2402.09353).
+    """``diag(m / |W'|) W'``, W' from *any* structure (DoRA; Liu et al. 2024, arXiv 2402.09353).
 
     The norms |W'| of the rows are constants in the backward pass, as in the paper. Where a row of
     W' is zero it stays zero.
@@ -42,8 +42,8 @@ class Magnitude(Structure):
     def __post_init__(self) -> None:
         if isinstance(self.inner, Magnitude):
             raise IncompatibleAxes(
-                "A magnitude on a magnitude is the same magnitude; found Magnitude(Magnitude(...)). "
-                "Keep one."
+                "A magnitude on a magnitude is the same magnitude; found "
+                "Magnitude(Magnitude(...)). Keep one."
             )
 
     @property

@@ -19,7 +19,7 @@ class DenseWeight(Weight):
     @staticmethod
     def claims(module: nn.Module) -> bool:
         weight = module._parameters.get("weight")
-        # type() and not isinstance: quantised formats are tensor subclasses that call themselves float
+        # type(), not isinstance: quantised formats are tensor subclasses that say float
         plain = (nn.Parameter, Tensor)
         return (
             weight is not None
