@@ -30,9 +30,9 @@ LEVELS = [
     {"activity", "sites", "adapter", "graft", "targets", "stats"},
     {"inits", "solvers", "ranks"},
     {"_recipe", "recipes", "registry", "catalogue", "io", "attach"},
-    {"lifecycle", "serve", "lab", "formats", "testing"},
+    {"lifecycle", "serve", "lab", "formats", "testing", "embedded"},
     {"hf", "select"},
-    {"cli", "embedded"},
+    {"cli"},
     {"__init__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
