@@ -16,10 +16,11 @@ from rankwise.activity import Chosen, Routing, normalise
 from rankwise.adapter import LAYER, Placement, Registry, SiteFactors
 from rankwise.errors import AttachError, ModelTypeError, UnknownName
 from rankwise.graft import Grafted, put, remove
-from rankwise.host import LinearHost, ParameterHost, Site, kind_of
+from rankwise.host import ParameterHost, Site, kind_of
 from rankwise.structures import Structure
 from rankwise.targets import TargetReport, base_modules, report, resolve
 from rankwise.version import __version__
+from rankwise.weights import prepare
 
 
 @final
@@ -278,7 +279,7 @@ def _placed(leaf: Any, host: Any) -> Any:
     return placed
 
 
-def _install(
+def install(
     model: nn.Module,
     name: str,
     recipe: Recipe,
@@ -286,6 +287,10 @@ def _install(
     values: Sequence[Mapping[str, Tensor]],
     trainable: bool,
 ) -> Adapter:
+    """Hang an adapter's values (one mapping a placement) on the model and make it the active one.
+
+    Whoever calls it has checked the model and the name.
+    """
     modules = dict(model.named_modules())
     registry = _find(model) or Registry()
     sites: dict[str, SiteFactors] = {}
@@ -297,8 +302,6 @@ def _install(
         sites[placement.site.name] = factors
         for path, slot, transposed in placement.carriers:
             module = modules[path]
-            if slot == LAYER and isinstance(host := _host(module, slot), LinearHost):
-                host.stored_weight.prepare()
             put(module, name, slot, factors, registry)
             if transposed:
                 module.__dict__["grafted_transposed"] = True
@@ -306,10 +309,16 @@ def _install(
     registry.adapters[name] = adapter
     _hide_from_checkpoints(model)
     _close_fast_paths(model)
+    registry.activity.choice = (name,)
     return adapter
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def check_name(model: nn.Module, name: str) -> None:
+    """Refuse a name that is taken or cannot be a module's.
+
+    Raises:
+        AttachError: it is.
+    """
     if not name.isidentifier() or hasattr(nn.Module, name):
         raise AttachError(f'An adapter\'s name is a plain identifier; found "{name}".')
     if name in adapters(model):
@@ -317,6 +326,14 @@ def _check_name(model: nn.Module, name: str) -> None:
             f'An adapter named "{name}" is attached already; give this one another name, or detach '
             f"the first."
         )
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Stop gradients to the base's parameters."""
+    for module in base_modules(model).values():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
 
 
 def attach(
@@ -357,7 +374,7 @@ def attach(
         Adapter "default" (lora): 1 sites (1 x LoRA), 32 trainable of 32 parameters, float32
     """
     check_model(model)
-    _check_name(model, name)
+    check_name(model, name)
     missing = recipe.init.needs if stats is None else frozenset()
     if missing:
         raise AttachError(
@@ -365,24 +382,20 @@ def attach(
             f"were not collected; gather them over some batches and pass stats=."
         )
     if recipe.sites.tied == "untie":
-        _untie(model)
+        untie(model)
     placements = resolve(model, recipe.structure, recipe.sites)
+    prepare(base_modules(model).values())
     modules = dict(model.named_modules())
     values = []
     for placement in placements:
         path, slot, _ = placement.carriers[0]
         values.append(_start(recipe, placement, _host(modules[path], slot), stats))
     if freeze:
-        for module in base_modules(model).values():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    parameter.requires_grad_(False)
-    adapter = _install(model, name, recipe, placements, values, trainable=True)
-    registry_of(model).activity.choice = (name,)
-    return adapter
+        freeze_base(model)
+    return install(model, name, recipe, placements, values, trainable=True)
 
 
-def _untie(model: nn.Module) -> None:
+def untie(model: nn.Module) -> None:
     """Give the output head a copy of its own of the embedding's weight; the config says so."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -422,24 +435,21 @@ def load(
         AttachError: as in :func:`attach`.
     """
     check_model(model)
-    _check_name(model, name)
+    check_name(model, name)
     saved = io.read(path, known)
     if saved.recipe.sites.tied == "untie":
-        _untie(model)
+        untie(model)
     values = []
     for placement in saved.placements:
         module, slot, _ = io.carried(model, placement)[0]
         device = _host(module, slot).parameter().device
         tensors = saved.tensors[placement.site.name]
         values.append({k: v.to(device) for k, v in tensors.items()})
+    prepare(base_modules(model).values())
     io.check_base(model, saved.placements, saved.base, any_base)
     if trainable:
-        for module in base_modules(model).values():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    parameter.requires_grad_(False)
-    adapter = _install(model, name, saved.recipe, saved.placements, values, trainable)
-    registry_of(model).activity.choice = (name,)
+        freeze_base(model)
+    adapter = install(model, name, saved.recipe, saved.placements, values, trainable)
     state = "trainable" if trainable else "frozen (trainable=True to go on training)"
     print(f"loaded {adapter!r}, {state}", file=sys.stderr)
     return adapter
