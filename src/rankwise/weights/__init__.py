@@ -1,5 +1,7 @@
 """Frozen weights of any storage format, one file each."""
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from rankwise.errors import WeightFormatError
@@ -27,4 +29,20 @@ def weight_of(module: nn.Module) -> Weight:
     )
 
 
-__all__ = ["FORMATS", "DenseWeight", "FourBitWeight", "Int8Weight", "Weight", "weight_of"]
+def prepare(modules: Iterable[nn.Module]) -> None:
+    """Make a base safe to train on, adapted or not: gradients pass through every layer."""
+    for module in modules:
+        for format_ in FORMATS:
+            if format_.claims(module):
+                format_(module).prepare()
+
+
+__all__ = [
+    "FORMATS",
+    "DenseWeight",
+    "FourBitWeight",
+    "Int8Weight",
+    "Weight",
+    "prepare",
+    "weight_of",
+]

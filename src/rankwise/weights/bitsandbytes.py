@@ -55,11 +55,24 @@ class FourBitWeight(Weight):
         # bitsandbytes 0.50 repacks the weight in place at the first eval forward on a CPU with
         # AVX512-BF16; from then on there is no gradient and dequantising is wrong, silently.
         self.module.support_avx512bf16_for_cpu = False
-        if getattr(self._state, "packing_format_for_cpu", False):
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+        state = getattr(self.module.weight, "quant_state", None)
+        if not getattr(state, "packing_format_for_cpu", False):
+            return
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
 
-            weight = self.module.weight
-            weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
+        warnings.warn(
+            "A 4-bit weight ran in eval mode before the adapter came, and bitsandbytes repacked it "
+            "for inference, its scales rounded to bfloat16 for good. It is unpacked now and can be "
+            "trained on, but is no longer quite the base that was loaded. Load the base again and "
+            "attach (or load) before the first forward to have that one.",
+            stacklevel=4,
+        )
+        # the inverse of bitsandbytes 0.50 forgets to turn the scales back, or nests them anew
+        scales = state.absmax.T.reshape(-1).float().contiguous()
+        state.original_nested = False
+        data, state = unpack(self.module.weight.data, state)
+        state.absmax = scales
+        self.restore((data, state))
 
     def matmul(self, x: Tensor) -> Tensor:
         import bitsandbytes

@@ -59,4 +59,4 @@ class Weight(ABC):
         """Put back what ``snapshot`` returned, bit for bit."""
 
     def prepare(self) -> None:  # noqa: B027  (most formats need nothing)
-        """Make the module safe to train on top of; called once, at attach."""
+        """Make the module safe to train on top of; called at attach, before W is read."""
