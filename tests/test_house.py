@@ -32,6 +32,7 @@ LEVELS = [
     {"_recipe", "recipes", "registry", "catalogue", "io", "attach"},
     {"lifecycle", "serve", "lab", "formats", "testing", "embedded"},
     {"hf", "select"},
+    {"demo"},
     {"cli"},
     {"__init__"},
 ]
@@ -302,18 +303,29 @@ def test_docstrings_agree_with_signatures():
     assert not wrong, "\n".join(wrong)
 
 
-def runnable(path: Path, language: str) -> list[str]:
-    """Fenced blocks that follow a line ``<!-- runs -->``."""
+def runnable(path: Path, language: str) -> str:
+    """The fenced blocks of a page that follow a line ``<!-- runs -->``, joined."""
     blocks = path.read_text().split("<!-- runs -->\n")[1:]
     fences = [block.split("```")[1] for block in blocks]
-    return [body for fence in fences if (body := fence.removeprefix(language + "\n")) != fence]
+    bodies = [fence.removeprefix(language + "\n") for fence in fences]
+    return "".join(b for b, fence in zip(bodies, fences, strict=True) if b != fence)
 
 
-@pytest.mark.parametrize("command", runnable(ROOT / "README.md", "bash"))
-def test_readme_commands_run(command, tmp_path):
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if runnable(p, "python")], ids=lambda p: p.stem)
+def test_python_of_the_manual_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = runnable(page, "python")
+    exec(compile(source, str(page), "exec"), {"__name__": "manual"})
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if runnable(p, "bash")], ids=lambda p: p.stem)
+def test_commands_of_the_manual_run(page, tmp_path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", command],
+        ["bash", "-euo", "pipefail", "-c", runnable(page, "bash")],
         cwd=tmp_path,
         env={**os.environ, "PATH": path},
         capture_output=True,
@@ -321,12 +333,6 @@ def test_readme_commands_run(command, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.mark.parametrize("source", runnable(ROOT / "README.md", "python"))
-def test_readme_python_runs(source, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    exec(compile(source, "README.md", "exec"), {})
 
 
 def test_method_table_is_current():
