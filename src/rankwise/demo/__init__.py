@@ -44,9 +44,8 @@ def compare(folder: Path, methods: Sequence[str], say: Callable[[str], None]) ->
                     tail = (folder / f"{method}.log").read_text()[-2000:]
                     raise TrainingError(f"The process of {method} failed:\n{tail}")
                 found[method] = json.loads((folder / f"{method}.json").read_text())
-                say(
-                    f"{time.perf_counter() - began:4.0f} s  {method} done ({len(found)} of {len(methods)})"
-                )
+                seconds = time.perf_counter() - began
+                say(f"{seconds:4.0f} s  {method} done ({len(found)} of {len(methods)})")
     finally:
         for process in running.values():
             process.kill()
@@ -116,13 +115,12 @@ def run(folder: Path, methods: Sequence[str] = METHODS) -> dict[str, Any]:
     saved = found[best]["seeds"][0]["python"]
     gains = {r.method: start["python"] - r.python for r in rows}
     if "full" in gains and "lora" in gains:
-        screen.print(
-            f"LoRA recovers {gains['lora'] / gains['full']:.0%} of full fine-tuning's gain."
-        )
+        share = gains["lora"] / gains["full"]
+        screen.print(f"LoRA recovers {share:.0%} of full fine-tuning's gain.")
     screen.print(
         f"Best adapter, {report.NAMES.get(best, best)}: reloaded {checked['reloaded']:.6f} bits per "
-        f"byte, when saved {saved:.6f}; merged against unmerged at most {checked['merged']:.1e} in the "
-        f"logits, of an effect of {checked['effect']:.1f}.",
+        f"byte, when saved {saved:.6f}; merged against unmerged at most {checked['merged']:.1e} in "
+        f"the logits, of an effect of {checked['effect']:.1f}.",
         highlight=False,
     )
     screen.print(checked["merge"], highlight=False)

@@ -46,7 +46,7 @@ class Row:
 
 
 def verdict(mine: Sequence[float], lora: Sequence[float], gain: float) -> str:
-    """ "better", "worse" or "tie" against LoRA, with the difference and what it is judged by.
+    """Say better, worse or tie against LoRA, with the difference and what it is judged by.
 
     A difference counts when it exceeds both the larger spread of the two over their seeds and 2 %
     of what LoRA gained.
