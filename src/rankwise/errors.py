@@ -46,6 +46,10 @@ class ModelTypeError(RankwiseError, TypeError):
     """An object that is not the plain model that was asked for (a PeftModel, for example)."""
 
 
+class ModelFileError(RankwiseError, ValueError):
+    """A model folder that is missing or broken, or that asks to run code of its own."""
+
+
 class ActivityError(RankwiseError, ValueError):
     """The choice of active adapters is ambiguous where it is needed."""
 

@@ -1,0 +1,217 @@
+"""What a fine-tuning run is about: which model, which examples, which batches, which measure.
+
+A task from outside (images, sound, graphs) is one final class with these methods, handed to
+``finetune(run, task=...)``; its settings are its fields.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+from torch import nn
+
+from rankwise.errors import DataError
+from rankwise.hf import data
+from rankwise.hf.models import load_model, tokenizer_of
+from rankwise.sites import Sites, Target
+from rankwise.targets import HEADS
+
+Batch = Mapping[str, Any]
+
+
+class Task(ABC):
+    """What a run is about. Subclasses are final and frozen.
+
+    Attributes:
+        name: for reports.
+        measure: the key of :meth:`score` that counts.
+        higher: whether more of it is better.
+    """
+
+    name: ClassVar[str]
+    measure: ClassVar[str]
+    higher: ClassVar[bool] = False
+
+    @abstractmethod
+    def processor(self, model: str) -> Any:
+        """What turns raw input into numbers: a tokenizer, an image processor, or None."""
+
+    @abstractmethod
+    def examples(self, path: str | Path, processor: Any) -> Any:
+        """Read a file: a sequence of examples."""
+
+    @abstractmethod
+    def model(self, model: str, examples: Any, processor: Any, **options: Any) -> nn.Module:
+        """Load the base; its forward takes a batch and returns an object with ``loss``."""
+
+    @abstractmethod
+    def collator(self, processor: Any) -> Callable[[Sequence[Any]], dict[str, Any]]:
+        """What joins examples to a batch."""
+
+    @abstractmethod
+    def score(self, model: nn.Module, batches: Iterable[Batch], processor: Any) -> dict[str, float]:
+        """Measure a model over batches without gradients; holds ``measure`` and "loss"."""
+
+    def split(self, examples: Any, share: float, seed: int) -> tuple[Any, Any]:
+        """Set a share of the examples aside."""
+        order = list(range(len(examples)))
+        random.Random(seed).shuffle(order)
+        aside = set(order[: max(1, round(share * len(order)))])
+        parts = [i for i in order if i not in aside], sorted(aside)
+        first, second = ([examples[i] for i in part] for part in parts)
+        return first, second
+
+    def rows(self, examples: Any) -> Any:
+        """What the trainer iterates over: the examples, or rows packed of them."""
+        return examples
+
+    def sites(self, sites: Sites, model: nn.Module) -> Sites:
+        """The sites of the recipe, with what the task itself must train."""
+        return sites
+
+
+class TextTask(Task):
+    """A task whose input is text, read by :mod:`rankwise.hf.data`."""
+
+    def processor(self, model: str) -> Any:
+        return tokenizer_of(model)
+
+    def split(self, examples: Any, share: float, seed: int) -> tuple[Any, Any]:
+        return data.split(examples, share, seed)
+
+
+def _moved(batch: Batch, model: nn.Module) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+@final
+@dataclass(frozen=True)
+class CausalLM(TextTask):
+    """Predict the next token of texts, completions or conversations.
+
+    Attributes:
+        max_length: longest example, in tokens.
+        pack: lay documents side by side into full rows.
+    """
+
+    max_length: int = 1024
+    pack: bool = False
+    name = "causal-lm"
+    measure = "bits_per_byte"
+
+    def examples(self, path: str | Path, processor: Any) -> Any:
+        found = data.load(path, processor, max_length=self.max_length)
+        if found.schema == "label":
+            raise DataError(
+                f"{path} has the columns text + label; to learn the label pass --task "
+                "classification, to learn the text drop that column"
+            )
+        return found
+
+    def model(self, model: str, examples: Any, processor: Any, **options: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        loaded = load_model(AutoModelForCausalLM, model, **options)
+        data.check_model(processor, loaded, examples)
+        if self.pack:
+            data.check_packing(loaded)
+        return loaded
+
+    def rows(self, examples: Any) -> Any:
+        return data.pack(examples, self.max_length) if self.pack else examples
+
+    def collator(self, processor: Any) -> Any:
+        return data.Collator(processor, packed=self.pack)
+
+    def score(self, model: nn.Module, batches: Iterable[Batch], processor: Any) -> dict[str, float]:
+        nats, tokens, size = 0.0, 0, 0
+        with torch.no_grad():
+            for batch in batches:
+                inputs = _moved(batch, model)
+                labels = inputs.pop("labels")[:, 1:]
+                logits = model(**inputs).logits[:, :-1].float()
+                learned = labels != data.examples.IGNORE
+                nats += float(
+                    nn.functional.cross_entropy(logits[learned], labels[learned], reduction="sum")
+                )
+                tokens += int(learned.sum())
+                for row, mask in zip(labels, learned, strict=True):
+                    text = processor.decode(row[mask].tolist(), skip_special_tokens=True)
+                    size += len(text.encode())
+        return {
+            "bits_per_byte": nats / math.log(2) / max(size, 1),
+            "loss": nats / max(tokens, 1),
+            "tokens": tokens,
+        }
+
+
+@final
+@dataclass(frozen=True)
+class SequenceClassification(TextTask):
+    """Choose a class for a whole text; the new head is trained whole, as part of the adapter.
+
+    Attributes:
+        max_length: longest example, in tokens.
+        labels: names of the classes by number; None for those of the training data.
+    """
+
+    max_length: int = 1024
+    labels: tuple[str | int, ...] | None = None
+    name = "classification"
+    measure = "accuracy"
+    higher = True
+
+    def examples(self, path: str | Path, processor: Any) -> Any:
+        options = {"max_length": self.max_length, "label_names": self.labels}
+        return data.load(path, processor, schema="label", **options)
+
+    def learned(self, examples: Any) -> SequenceClassification:
+        """The same task with the classes of the training data."""
+        return replace(self, labels=tuple(examples.label_names))
+
+    def model(self, model: str, examples: Any, processor: Any, **options: Any) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        names = [str(n) for n in (self.labels or examples.label_names)]
+        if len(names) < 2:
+            raise DataError(f"a classifier tells two classes or more apart; found {names}")
+        maps = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the new head starts alike everywhere
+            loaded = load_model(AutoModelForSequenceClassification, model, **maps, **options)
+        data.check_model(processor, loaded, examples)
+        pads = processor.pad_token_id, processor.eos_token_id, 0
+        loaded.config.pad_token_id = next(p for p in pads if p is not None)  # as the collator does
+        return loaded
+
+    def sites(self, sites: Sites, model: nn.Module) -> Sites:
+        heads = [name for name, _ in model.named_children() if name in HEADS]
+        inside = tuple(Target(f"{name}.*", "glob", optional=True) for name in heads)
+        train = (*sites.train, *(Target(name) for name in heads))
+        return replace(sites, train=train, exclude=(*sites.exclude, *inside))
+
+    def collator(self, processor: Any) -> Any:
+        return data.Collator(processor)
+
+    def score(self, model: nn.Module, batches: Iterable[Batch], processor: Any) -> dict[str, float]:
+        nats, right, count = 0.0, 0, 0
+        with torch.no_grad():
+            for batch in batches:
+                inputs = _moved(batch, model)
+                labels = inputs.pop("labels")
+                logits = model(**inputs).logits.float()
+                nats += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+                right += int((logits.argmax(-1) == labels).sum())
+                count += len(labels)
+        return {"accuracy": right / max(count, 1), "loss": nats / max(count, 1), "rows": count}
+
+
+TASKS = {task.name: task for task in (CausalLM, SequenceClassification)}
