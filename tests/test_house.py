@@ -30,11 +30,11 @@ LEVELS = [
     {"activity", "sites", "adapter", "graft", "targets", "stats"},
     {"inits", "solvers", "ranks"},
     {"_recipe", "recipes", "registry", "catalogue", "io", "attach"},
-    {"lifecycle", "serve", "lab", "formats", "testing", "embedded"},
-    {"hf", "select"},
-    {"demo"},
-    {"cli"},
+    {"lifecycle", "serve", "lab", "formats", "embedded"},
+    {"hf", "select", "testing"},
     {"__init__"},
+    {"demo"},  # from here on rankwise is used as its users do: import rankwise as rw
+    {"cli"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 PROTOCOLS = {
