@@ -69,14 +69,14 @@ class Adapters(nn.Module):
     def put(self, name: str, slot: str, factors: SiteFactors) -> None:
         """Add one adapter's factors."""
         if name not in self._modules:
-            self.add_module(name, nn.ModuleDict())
+            self.add_module(name, nn.Module())  # no ModuleDict: a parameter may be called "keys"
         child: Any = self._modules[name]
-        child[slot] = factors
+        child.add_module(slot, factors)
 
     def get(self, name: str, slot: str) -> SiteFactors | None:
         """One adapter's factors at a slot, if it has any here."""
         child: Any = self._modules.get(name)
-        return child[slot] if child is not None and slot in child else None
+        return None if child is None else child._modules.get(slot)
 
     def active(self, names: tuple[str, ...], slot: str) -> list[SiteFactors]:
         """The factors of the named adapters at a slot, in order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from rankwise import io
 from rankwise._recipe import Recipe
 from rankwise.activity import Chosen, Routing, normalise
-from rankwise.adapter import LAYER, Placement, Registry, SiteFactors
+from rankwise.adapter import LAYER, Adapters, Placement, Registry, SiteFactors
 from rankwise.errors import AttachError, ModelTypeError, UnknownName
 from rankwise.graft import Grafted, put, remove
 from rankwise.host import ParameterHost, Site, kind_of
+from rankwise.registry import encode
 from rankwise.structures import Structure
-from rankwise.targets import TargetReport, base_modules, report, resolve
+from rankwise.targets import TargetReport, base_modules, output_head, report, resolve
 from rankwise.version import __version__
 from rankwise.weights import prepare
 
@@ -181,16 +183,23 @@ def check_model(model: nn.Module, trainable: bool = True) -> None:
         raise ModelTypeError(
             "attach takes the plain model; this one holds PEFT layers. Load the base afresh."
         )
-    if hasattr(model, "_orig_mod"):
-        raise ModelTypeError(
-            "attach before torch.compile: the compiled wrapper has already traced the plain model. "
-            "Attach to model._orig_mod, then compile."
-        )
     for path, module in model.named_modules():
-        if type(module).__name__.startswith("FSDP") or hasattr(module, "_get_fsdp_state"):
+        here = path or "the model"
+        if hasattr(module, "_orig_mod"):
+            raise ModelTypeError(
+                f"attach before torch.compile, which has traced the plain module and renamed its "
+                f"parameters; {here} is compiled already. Attach to its _orig_mod, then compile."
+            )
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
             raise AttachError(
-                f"attach before fully_shard: {path or 'the model'} is sharded already, and factors "
-                f"added now would not be. Attach first, then shard."
+                f"attach before {type(module).__name__}, which has gathered its parameters already "
+                f"and would not synchronise new ones. Attach to its .module, then wrap."
+            )
+        sharded = ("FSDP", "FullyShardedDataParallel")
+        if type(module).__name__.startswith(sharded) or hasattr(module, "_get_fsdp_state"):
+            raise AttachError(
+                f"attach before fully_shard: {here} is sharded already, and factors added now "
+                f"would not be. Attach first, then shard."
             )
         forward = module.__dict__.get("forward")
         if forward is not None and "_old_forward" not in module.__dict__ and kind_of(module):
@@ -291,6 +300,7 @@ def install(
 
     Whoever calls it has checked the model and the name.
     """
+    prepare(base_modules(model).values())
     modules = dict(model.named_modules())
     registry = _find(model) or Registry()
     sites: dict[str, SiteFactors] = {}
@@ -319,8 +329,10 @@ def check_name(model: nn.Module, name: str) -> None:
     Raises:
         AttachError: it is.
     """
-    if not name.isidentifier() or hasattr(nn.Module, name):
-        raise AttachError(f'An adapter\'s name is a plain identifier; found "{name}".')
+    if not name.isidentifier() or hasattr(Adapters(Registry()), name):
+        raise AttachError(
+            f'An adapter\'s name is a plain identifier that no module uses itself; found "{name}".'
+        )
     if name in adapters(model):
         raise AttachError(
             f'An adapter named "{name}" is attached already; give this one another name, or detach '
@@ -381,18 +393,34 @@ def attach(
             f"{type(recipe.init).__name__} reads statistics ({', '.join(sorted(missing))}) that "
             f"were not collected; gather them over some batches and pass stats=."
         )
-    if recipe.sites.tied == "untie":
-        untie(model)
-    placements = resolve(model, recipe.structure, recipe.sites)
-    prepare(base_modules(model).values())
-    modules = dict(model.named_modules())
-    values = []
-    for placement in placements:
-        path, slot, _ = placement.carriers[0]
-        values.append(_start(recipe, placement, _host(modules[path], slot), stats))
+    encode(recipe)  # what cannot be saved must not be trained
+    with _tied_again_on_error(model, recipe):
+        placements = resolve(model, recipe.structure, recipe.sites)
+        prepare(base_modules(model).values())
+        modules = dict(model.named_modules())
+        values = []
+        for placement in placements:
+            path, slot, _ = placement.carriers[0]
+            values.append(_start(recipe, placement, _host(modules[path], slot), stats))
     if freeze:
         freeze_base(model)
     return install(model, name, recipe, placements, values, trainable=True)
+
+
+@contextmanager
+def _tied_again_on_error(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+    """Untie the head if the recipe says so, and tie it again where an error is raised inside."""
+    head, config = output_head(model), getattr(model, "config", None)
+    former = (getattr(head, "weight", None), getattr(config, "tie_word_embeddings", None))
+    if recipe.sites.tied == "untie":
+        untie(model)
+    try:
+        yield
+    except BaseException:
+        if head is not None and head.weight is not former[0]:
+            head.weight = former[0]
+            config.tie_word_embeddings = former[1]  # type: ignore[union-attr]
+        raise
 
 
 def untie(model: nn.Module) -> None:
@@ -437,16 +465,15 @@ def load(
     check_model(model)
     check_name(model, name)
     saved = io.read(path, known)
-    if saved.recipe.sites.tied == "untie":
-        untie(model)
     values = []
-    for placement in saved.placements:
-        module, slot, _ = io.carried(model, placement)[0]
-        device = _host(module, slot).parameter().device
-        tensors = saved.tensors[placement.site.name]
-        values.append({k: v.to(device) for k, v in tensors.items()})
-    prepare(base_modules(model).values())
-    io.check_base(model, saved.placements, saved.base, any_base)
+    with _tied_again_on_error(model, saved.recipe):
+        for placement in saved.placements:
+            module, slot, _ = io.carried(model, placement)[0]
+            device = _host(module, slot).parameter().device
+            tensors = saved.tensors[placement.site.name]
+            values.append({k: v.to(device) for k, v in tensors.items()})
+        prepare(base_modules(model).values())
+        io.check_base(model, saved.placements, saved.base, any_base)
     if trainable:
         freeze_base(model)
     adapter = install(model, name, saved.recipe, saved.placements, values, trainable)

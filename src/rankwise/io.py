@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,13 +23,14 @@ from torch import Tensor, nn
 
 from rankwise._recipe import Recipe
 from rankwise.adapter import LAYER, Placement, SiteFactors
-from rankwise.errors import BaseMismatch, FileFormatError, SaveError
+from rankwise.errors import BaseMismatch, FileFormatError, RankwiseError, SaveError
 from rankwise.host import ParameterHost, Site, kind_of
-from rankwise.registry import decode, encode, known_classes
+from rankwise.registry import check_fields, decode, encode, known_classes
+from rankwise.structures import Replace, Structure, TokenRows
 
 FILE = "adapter.safetensors"
 FORMAT = "1"
-_NAME = re.compile(r"[A-Za-z0-9_.\-\[\]]+/[A-Za-z0-9_]+")
+MOST = 2**31  # no side of a weight is longer; keeps a hostile header from costing hours
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,23 @@ class Saved:
 # -- the base's fingerprint -------------------------------------------------------------------
 
 
+def replaced(structure: Structure) -> frozenset[int] | None:
+    """The vocabulary rows that the structure replaces; None where it replaces the whole tensor."""
+    if isinstance(structure, Replace):
+        return None
+    if isinstance(structure, TokenRows):
+        return frozenset(structure.index)
+    inner = [v for v in vars(structure).values() if isinstance(v, Structure)]
+    each = [replaced(s) for s in inner]
+    return None if None in each else frozenset(i for rows in each if rows for i in rows)
+
+
 def fingerprint(model: nn.Module, placements: Iterable[Placement]) -> dict[str, Any]:
-    """Which base this is: for each site its shape, storage format, and a digest of some values."""
+    """Which base this is: for each site its shape, storage format, and a digest of some values.
+
+    Values that the adapter brings itself (a head trained whole, new tokens' rows) do not count: a
+    fresh base has other ones there. The digest is empty where none are left.
+    """
     modules = dict(model.named_modules())
     found: dict[str, Any] = {}
     for placement in placements:
@@ -66,12 +81,17 @@ def fingerprint(model: nn.Module, placements: Iterable[Placement]) -> dict[str, 
         assert raw is not None
         data = raw.full_tensor() if hasattr(raw, "full_tensor") else raw  # type: ignore[operator]
         flat = data.detach().reshape(-1)
-        step = max(1, flat.numel() // 64)
-        sample = flat[::step][:64].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        step, rows = max(1, flat.numel() // 64), replaced(placement.structure)
+        places = range(0, flat.numel(), step)[:64]
+        if rows:
+            width = flat.numel() // placement.site.shape[0]
+            places = [i for i in places if i // width not in rows]
+        index = torch.tensor([] if rows is None else list(places), device=flat.device).long()
+        sample = flat[index].cpu().contiguous().view(torch.uint8).numpy().tobytes()
         found[placement.site.name] = [
             list(placement.site.shape),
             str(raw.dtype).removeprefix("torch."),
-            hashlib.sha256(sample).hexdigest()[:16],
+            hashlib.sha256(sample).hexdigest()[:16] if sample else "",
         ]
     return found
 
@@ -92,7 +112,7 @@ def check_base(
                 f"The adapter was trained on a base whose {name} has shape {shape}; this model's "
                 f"has {here and here[0]}. Load it on the model that it was made for."
             )
-        if not any_base and here[1] == dtype and here[2] != digest:
+        if not any_base and here[1] == dtype and digest and here[2] != digest:
             raise BaseMismatch(
                 f"The adapter was trained on a base of the same shape but other weights (first "
                 f"difference at {name}). Load it on the model that it was made for, or pass "
@@ -126,13 +146,28 @@ def atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError | SafetensorError):
+            raise
         raise SaveError(
             f"A file is written whole or not at all; writing {path} failed ({error}). Nothing was "
             f"changed there: free some space or choose another folder, and save again."
         ) from error
+
+
+def _save(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on nothing but its contents."""
+    save_file(tensors, path, header)
+    with path.open("r+b") as file:  # safetensors 0.8 writes the metadata in a random order
+        size = int.from_bytes(file.read(8), "little")
+        names = json.loads(file.read(size))
+        names["__metadata__"] = dict(sorted(names["__metadata__"].items()))
+        text = json.dumps(names, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def encode_placements(placements: Iterable[Placement]) -> list[Any]:
@@ -176,7 +211,7 @@ def write(
     }
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_rank() == 0:
-        atomically(file, lambda temporary: save_file(tensors, temporary, header))
+        atomically(file, lambda temporary: _save(tensors, temporary, header))
     return file
 
 
@@ -208,24 +243,52 @@ def read(path: str | Path, known: Iterable[type] = ()) -> Saved:
                 )
             # cloned: BLAS rounds differently at an unaligned address, where the file has them
             flat = {name: archive.get_tensor(name).clone() for name in archive.keys()}  # noqa: SIM118
-        recipe_data, placement_data = json.loads(header["recipe"]), json.loads(header["placements"])
-        base = json.loads(header["base"])
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        recipe, placed, base = (_json(header[k]) for k in ("recipe", "placements", "base"))
+        version = header["version"]
+    except (SafetensorError, OSError, KeyError, RecursionError, json.JSONDecodeError) as error:
         raise FileFormatError(f"{file} is truncated or damaged ({error}).") from error
     classes = known_classes(known)
-    recipe = decode(recipe_data, classes)
     try:
-        placements = tuple(
-            Placement(
-                Site(**{**site, "shape": tuple(site["shape"])}),
-                decode(structure, classes),
-                tuple((str(p), str(s), bool(t)) for p, s, t in carriers),
-            )
-            for site, structure, carriers in placement_data
-        )
-    except (TypeError, KeyError, ValueError) as error:
-        raise FileFormatError(f"The placements of {file} cannot be read ({error}).") from error
-    return Saved(recipe, placements, _checked(file, placements, flat), base, header["version"])
+        made = decode(recipe, classes)
+        if not isinstance(made, Recipe):
+            raise FileFormatError(f"A header says a Recipe; {file} says a {type(made).__name__}.")
+        placements = tuple(_placement(a, b, c, classes) for a, b, c in placed)
+        tensors = _checked(file, placements, flat)
+        if set(base) != set(tensors) or any(len(facts) != 3 for facts in base.values()):
+            raise FileFormatError(f"The fingerprint in {file} does not name the adapted sites.")
+    except FileFormatError:
+        raise
+    # whatever a damaged or hostile header leads to: unknown fields, clashing axes, other types
+    except (
+        RankwiseError,
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise FileFormatError(f"The recipe or the sites in {file} do not fit ({error}).") from error
+    return Saved(made, placements, tensors, base, version)
+
+
+def _json(text: str) -> Any:
+    def refuse(name: str) -> None:
+        raise json.JSONDecodeError(f"{name} is no number", text, 0)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def _placement(facts: Any, structure: Any, carriers: Any, classes: Mapping[str, type]) -> Placement:
+    """One placement from its JSON."""
+    site = Site(**{**facts, "shape": tuple(facts["shape"])})
+    check_fields(Site, vars(site))
+    sides = (site.rows, site.cols, site.kernel, site.stack or 1, *site.shape)
+    made = decode(structure, classes)
+    if not isinstance(made, Structure) or ".." in site.name or not carriers:
+        raise FileFormatError(f"A site has a name, a structure and a carrier; found {facts}.")
+    if not all(isinstance(n, int) and 0 <= n <= MOST for n in sides):
+        raise FileFormatError(f"The sides of a weight lie between 0 and {MOST}; found {sides}.")
+    return Placement(site, made, tuple((str(p), str(s), bool(t)) for p, s, t in carriers))
 
 
 def _checked(
@@ -235,11 +298,13 @@ def _checked(
     found: dict[str, dict[str, Tensor]] = {}
     for placement in placements:
         site = placement.site
+        if site.name in found:
+            raise FileFormatError(f"{file} names the site {site.name} twice.")
         values = found.setdefault(site.name, {})
         for name, factor in placement.structure.factors(site).items():
             key = f"{site.name}/{name}"
             shape = (*((site.stack,) if site.stack else ()), *factor.shape)
-            if key not in flat or not _NAME.fullmatch(key):
+            if key not in flat:
                 raise FileFormatError(f"{file} declares the tensor {key} but does not hold it.")
             tensor = flat.pop(key)
             if tuple(tensor.shape) != shape:
@@ -247,8 +312,8 @@ def _checked(
                     f"The recipe of {file} asks for {key} of shape {shape}; the file holds "
                     f"{tuple(tensor.shape)}."
                 )
-            if not torch.isfinite(tensor).all():
-                raise FileFormatError(f"{key} in {file} holds NaN or infinite values.")
+            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+                raise FileFormatError(f"{key} in {file} holds NaN, infinity or integers.")
             values[name] = tensor
     if flat:
         raise FileFormatError(f"{file} holds tensors unknown to its recipe: {sorted(flat)[:4]}.")
@@ -266,7 +331,11 @@ def carried(model: nn.Module, placement: Placement) -> list[tuple[nn.Module, str
     for path, slot, transposed in placement.carriers:
         module = modules.get(path)
         name = "weight" if slot == LAYER else slot
-        if module is None or name not in module._parameters:
+        if (
+            module is None
+            or name not in module._parameters
+            or (slot == LAYER and kind_of(module) is None)
+        ):
             raise BaseMismatch(
                 f"The adapter sits on {path or 'the model itself'} ({name}), which this model does "
                 f"not have. Load it on the model that it was made for."
@@ -276,10 +345,10 @@ def carried(model: nn.Module, placement: Placement) -> list[tuple[nn.Module, str
     kind = kind_of(module) if slot == LAYER else None
     site = kind(module).site("") if kind else ParameterHost(module, slot).site("")
     want = placement.site
-    if (site.rows, site.cols, site.stack) != (want.rows, want.cols, want.stack):
+    if any(getattr(site, k) != getattr(want, k) for k in ("kind", "rows", "cols", "stack")):
         raise BaseMismatch(
-            f"The adapter was made for {want.name} of {want.rows} x {want.cols}; this model's is "
-            f"{site.rows} x {site.cols}. Load it on the model that it was made for (for new "
-            f"tokens, resize the embedding first)."
+            f"The adapter was made for {want.name}, {want.kind} of {want.rows} x {want.cols}; "
+            f"this model's is {site.kind} of {site.rows} x {site.cols}. Load it on the model that "
+            f"it was made for (for new tokens, resize the embedding first)."
         )
     return found

@@ -9,10 +9,12 @@ caller hands it over (``known=``).
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from importlib.metadata import entry_points
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from rankwise import inits, ranks, sites, solvers, structures
 from rankwise._recipe import Recipe
@@ -71,10 +73,45 @@ def encode(value: Any) -> Any:
         return [encode(v) for v in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, numbers.Integral):  # numpy's
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
     raise IncompatibleAxes(
         f"A recipe is saved as JSON: numbers, strings, tuples and other axis values; found "
         f"{value!r} of type {type(value).__name__}."
     )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type; the inside of containers is not looked at."""
+    if hint is Any or hint is None or isinstance(hint, TypeVar):
+        return hint is not None or value is None
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, h) for h in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    kind = origin or hint
+    if kind in (int, float):
+        number = isinstance(value, int if kind is int else int | float)
+        return number and not isinstance(value, bool)
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def check_fields(cls: type, values: Mapping[str, Any]) -> None:
+    """Refuse values that are not of the types that a dataclass declares for its fields.
+
+    Raises:
+        TypeError: one is not.
+    """
+    try:
+        hints = get_type_hints(cls)
+    except NameError:  # a class from outside whose annotations are for type checkers only
+        return
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise TypeError(f"{cls.__name__}.{name} is a {hints[name]}; found {value!r}")
 
 
 def decode(data: Any, known: Mapping[str, type]) -> Any:
@@ -99,6 +136,8 @@ def decode(data: Any, known: Mapping[str, type]) -> Any:
     make: Callable[..., Any] = known[name]
     values = {k: decode(v, known) for k, v in data.items() if k != "type"}
     try:
-        return make(**values)
+        made = make(**values)
+        check_fields(known[name], {f.name: getattr(made, f.name) for f in fields(made)})
+        return made
     except TypeError as error:
         raise FileFormatError(f"The fields of {name} in this file do not fit: {error}.") from error

@@ -92,7 +92,8 @@ def _jobs(model: nn.Module, names: Sequence[str]) -> list[_Job]:
     for module in model.modules():
         if not isinstance(module, Grafted) or module.__dict__.get("grafted_transposed"):
             continue
-        for slot in {slot for child in module.adapters._modules.values() for slot in child}:  # type: ignore
+        children = [c for c in module.adapters._modules.values() if c is not None]
+        for slot in dict.fromkeys(slot for child in children for slot in child._modules):
             levels = module.adapters.active(tuple(names), slot)
             if not levels:
                 continue

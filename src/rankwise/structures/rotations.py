@@ -39,7 +39,8 @@ class OFT(Rotation):
 
     def _block(self, site: Site) -> int:
         check_rank(self.block, site, max(self.block, 1))
-        return max(b for b in range(1, min(self.block, site.cols) + 1) if site.cols % b == 0)
+        largest = min(self.block, site.cols)
+        return next(b for b in range(largest, 0, -1) if site.cols % b == 0)
 
     def factors(self, site: Site) -> dict[str, Factor]:
         b = self._block(site)
