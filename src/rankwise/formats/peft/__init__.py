@@ -1,0 +1,10 @@
+"""PEFT's folders: ``adapter_config.json`` and ``adapter_model.safetensors`` (or old ``.bin``).
+
+As PEFT 0.21.2 writes and reads them. LORA (with DoRA, PiSSA, OLoRA, trainable tokens, expert
+stacks), ADALORA, LOHA, LOKR, HIRA, OFT and TRAINABLE_TOKENS, both ways.
+"""
+
+from rankwise.formats.peft.read import load
+from rankwise.formats.peft.write import write
+
+__all__ = ["load", "write"]
