@@ -1,0 +1,124 @@
+"""Examples to batches, padded or packed.
+
+Packed rows keep their documents apart by positions alone: the collator gives `position_ids` that
+start again at 0 with every document and *no* attention mask, and transformers' `masking_utils` then
+builds the block-diagonal causal mask itself, for eager, sdpa, flex and flash attention and for
+sliding windows. It does so only without a cache, hence `use_cache` in the batch.
+
+Legend: B rows of a batch, T tokens of its longest row.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from rankwise.errors import DataError
+from rankwise.hf.data.examples import IGNORE, Example, Examples
+
+
+def pack(examples: Examples, max_length: int = 1024) -> list[dict[str, np.ndarray]]:
+    """Lay whole documents side by side into rows (best fit, longest first).
+
+    Args:
+        examples: What `load` returned.
+        max_length: The longest row, in tokens; no less than that of `load`.
+
+    Returns:
+        A data set for `Trainer` with `Collator(packed=True)`: rows of the input_ids, labels and
+        position_ids of whole documents, one after the other.
+    """
+    if examples.schema == "label":
+        raise DataError("packed rows have a label a token; these have one a text: do not pack them")
+    bins: list[list[Example]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    for item in sorted(examples.items, key=len, reverse=True):
+        if len(item) > max_length:
+            found = f"{item.row.where} has {len(item)}"
+            raise DataError(f"max_length is {max_length} tokens; {found}: give load() the same")
+        at = bisect_left(room, (len(item), -1))
+        free, index = room.pop(at) if at < len(room) else (max_length, len(bins))
+        if index == len(bins):
+            bins.append([])
+        bins[index].append(item)
+        insort(room, (free - len(item), index))
+    names = "input_ids", "labels", "position_ids"
+    columns = [
+        [(e.input_ids, e.labels, np.arange(len(e))) for e in documents] for documents in bins
+    ]
+    joined = [map(np.concatenate, zip(*documents, strict=True)) for documents in columns]
+    return [dict(zip(names, row, strict=True)) for row in joined]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Joins items of `Examples`, or with `packed=True` of `pack`, to a batch of tensors.
+
+    Padding is marked by position, never by its id: a real end-of-sequence token keeps its label
+    also where the tokenizer pads with it.
+
+    Attributes:
+        tokenizer: Gives the padding id.
+        packed: Whether rows hold several documents. (`Trainer` removes the position_ids of a model
+            whose forward takes none: such a model cannot be packed.)
+        multiple_of: T is rounded up to a multiple of it (8 suits tensor cores).
+    """
+
+    tokenizer: Any
+    packed: bool = False
+    multiple_of: int = 1
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return input_ids (B, T) and labels (B, T), or (B,) for classes.
+
+        Beside them stands attention_mask (B, T), or if packed position_ids (B, T) and use_cache.
+        """
+        pads = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0
+        filler = next(token for token in pads if token is not None)
+
+        def padded(rows: Sequence[Any], fill: int) -> Tensor:
+            joined = pad_sequence([torch.as_tensor(row) for row in rows], True, fill)
+            return pad(joined, (0, -joined.shape[1] % self.multiple_of), value=fill).long()
+
+        ids, labels = ([f[key] for f in features] for key in ("input_ids", "labels"))
+        labels = torch.tensor(labels) if isinstance(labels[0], int) else padded(labels, IGNORE)
+        batch = {"input_ids": padded(ids, filler), "labels": labels}
+        if not self.packed:
+            return {**batch, "attention_mask": padded([torch.ones(len(row)) for row in ids], 0)}
+        if not all("position_ids" in f for f in features):
+            raise DataError("packed rows have position_ids; these have none: use pack(examples)")
+        # position 0 all along the padding: each of its tokens is a document of its own
+        return {
+            **batch,
+            "position_ids": padded([f["position_ids"] for f in features], 0),
+            "use_cache": False,
+        }
+
+
+def check_packing(model: Any) -> None:
+    """Raise unless the model keeps packed documents apart, by one tiny forward and backward pass.
+
+    The outputs of the second of two documents must have no gradient in the first one's input.
+    (An input that wants a gradient also keeps bitsandbytes 0.50 from repacking 4-bit weights.)
+
+    Args:
+        model: A causal language model of `transformers`, in any mode.
+
+    Raises:
+        DataError: If it mixes them (remote code, a recurrent state, another attention function).
+    """
+    ids = torch.arange(12, device=model.device).remainder(model.config.get_text_config().vocab_size)
+    positions = torch.arange(6, device=model.device).repeat(1, 2)
+    with torch.enable_grad():
+        x = model.get_input_embeddings()(ids[None]).detach().requires_grad_()
+        logits = model(inputs_embeds=x, position_ids=positions, use_cache=False).logits
+        (grad,) = torch.autograd.grad(logits[0, 6:].float().square().sum(), x)
+    leak = float(grad[0, :6].abs().max() / grad.abs().max())
+    if not leak < 1e-3:
+        raise DataError(f"packed texts are apart; a share of {leak:.1e} leaks here: do not pack")
