@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -50,7 +51,10 @@ def console(stderr: bool = False) -> Any:
     """A rich console on stdout (results) or stderr (progress)."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=False)
+    made = Console(stderr=stderr, highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = 110  # a file is not 80 columns wide
+    return made
 
 
 def print_json(value: Any) -> None:
@@ -96,10 +100,8 @@ def pairs(texts: Iterable[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise DataError(f"The value of {name} cannot be read: {value!r}.") from error
         if isinstance(read, str):  # YAML reads 1e-3 as text
-            try:
+            with contextlib.suppress(ValueError):
                 read = float(read)
-            except ValueError:
-                pass
         found[name.replace("-", "_")] = read
     return found
 

@@ -29,9 +29,9 @@ def compose(
 ) -> Recipe:
     """Build a recipe from names.
 
-    An axis takes the name of a class ("principal", "svd", "magnitude(svd)", "package:Class") or of a
-    method whose value it shares ("pissa", "lora_plus"). A start that must be subtracted anchors the
-    structure. The learning rate is that of the nearest method of the catalogue.
+    An axis takes the name of a class ("principal", "svd", "magnitude(svd)", "package:Class") or of
+    a method whose value it shares ("pissa", "lora_plus"). A start that must be subtracted anchors
+    the structure. The learning rate is that of the nearest method of the catalogue.
 
     Args:
         method: a name of the catalogue; "lora" where only axes are given.

@@ -53,7 +53,7 @@ def locate(model: str | Path) -> str:
         own = "asks to run code of its own (auto_map)" if "auto_map" in said else "is unknown"
         raise ModelFileError(
             f"Only architectures of transformers are loaded, never code from a model's folder; "
-            f"{path} ({said.get('model_type')}) {own}. Load it yourself and use rw.attach in Python."
+            f"{path} ({said.get('model_type')}) {own}. Load it in Python and use rw.attach."
         )
     return str(path)
 
