@@ -247,6 +247,7 @@ PUBLIC = [
     "catalogue",
     "disabled",
     "errors",
+    "export",
     "load",
     "merge",
     "merged",

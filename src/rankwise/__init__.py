@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         targets,
     )
     from rankwise.catalogue import catalogue, recipe
+    from rankwise.formats import export
     from rankwise.lifecycle import merge, merged
     from rankwise.sites import Sites, Target
 
@@ -38,6 +39,7 @@ __all__ = [
     "catalogue",
     "disabled",
     "errors",
+    "export",
     "load",
     "merge",
     "merged",
@@ -61,6 +63,7 @@ _HOMES = {
         "targets",
     ),
     "catalogue": ("catalogue", "recipe"),
+    "formats": ("export",),
     "lifecycle": ("merge", "merged"),
     "sites": ("Sites", "Target"),
 }

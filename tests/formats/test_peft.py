@@ -62,7 +62,10 @@ CASES = {
     "regex": (llama, lambda: L(r=4, target_modules=r".*\.(q|k)_proj")),
     "dora": (llama, lambda: L(r=4, use_dora=True, use_rslora=True, target_modules=QV)),
     "gpt2": (gpt2, lambda: L(r=4, fan_in_fan_out=True, target_modules=["c_attn"])),
-    "gpt2 dora": (gpt2, lambda: L(r=4, fan_in_fan_out=True, target_modules=["c_attn"], use_dora=True)),
+    "gpt2 dora": (
+        gpt2,
+        lambda: L(r=4, fan_in_fan_out=True, target_modules=["c_attn"], use_dora=True),
+    ),
     "embedding": (Emb, lambda: L(r=4, target_modules=["lin", "emb"])),
     "embedding dora": (Emb, lambda: L(r=4, target_modules=["lin", "emb"], use_dora=True)),
     "convolution": (Conv, lambda: L(r=4, target_modules=["c1", "c2", "c2p", "c3"])),
@@ -101,7 +104,9 @@ CASES = {
     "modules_to_save": (llama, lambda: L(r=4, target_modules=QV, modules_to_save=["lm_head"])),
     "modules_to_save tied": (
         tied,
-        lambda: L(r=4, target_modules=QV, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        lambda: L(
+            r=4, target_modules=QV, modules_to_save=["embed_tokens"], ensure_weight_tying=True
+        ),
     ),
     "embeddings": (llama, lambda: L(r=4, target_modules=["q_proj", "embed_tokens", "lm_head"])),
     "embeddings tied": (tied, lambda: L(r=4, target_modules=["q_proj", "embed_tokens", "lm_head"])),
@@ -109,14 +114,19 @@ CASES = {
         tied,
         lambda: L(r=4, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
     ),
-    "tokens beside lora": (llama, lambda: L(r=4, target_modules=QV, trainable_token_indices=[3, 1])),
+    "tokens beside lora": (
+        llama,
+        lambda: L(r=4, target_modules=QV, trainable_token_indices=[3, 1]),
+    ),
     "tokens beside lora, tied": (
         tied,
         lambda: L(r=4, target_modules=QV, trainable_token_indices={"embed_tokens": [1, 3]}),
     ),
     "tokens": (
         llama,
-        lambda: peft.TrainableTokensConfig(token_indices=[9, 1, 3], target_modules=["embed_tokens"]),
+        lambda: peft.TrainableTokensConfig(
+            token_indices=[9, 1, 3], target_modules=["embed_tokens"]
+        ),
     ),
     "tokens, tied": (
         tied,
@@ -127,7 +137,10 @@ CASES = {
         gpt2,
         lambda: L(r=4, fan_in_fan_out=True, init_lora_weights="pissa", target_modules=["c_attn"]),
     ),
-    "pissa dora": (llama, lambda: L(r=4, init_lora_weights="pissa", use_dora=True, target_modules=QV)),
+    "pissa dora": (
+        llama,
+        lambda: L(r=4, init_lora_weights="pissa", use_dora=True, target_modules=QV),
+    ),
     "olora": (llama, lambda: L(r=4, init_lora_weights="olora", target_modules=QV)),
     "eva": (llama, lambda: L(r=4, init_lora_weights="gaussian", target_modules=QV)),
     "adalora": (
@@ -175,7 +188,10 @@ CASES = {
         llama,
         lambda: peft.OFTConfig(r=2, oft_block_size=0, target_modules=["q_proj", "down_proj"]),
     ),
-    "oft shared": (llama, lambda: peft.OFTConfig(oft_block_size=4, block_share=True, target_modules=QV)),
+    "oft shared": (
+        llama,
+        lambda: peft.OFTConfig(oft_block_size=4, block_share=True, target_modules=QV),
+    ),
     "oft 3 terms": (
         llama,
         lambda: peft.OFTConfig(oft_block_size=4, num_cayley_neumann_terms=3, target_modules=QV),
@@ -212,9 +228,7 @@ def test_both_directions(case, tmp_path, capsys, record_property):
     rw.load(again, tmp_path / "own")
     assert torch.equal(output(again.eval(), x), output(ours.eval(), x))
 
-    return
     report = rw.export(adapter, tmp_path / "back", to="peft")
-    return
     assert report.exact
     back = load_peft(build, tmp_path / "back")
     here = figures(back, theirs, base, x)
