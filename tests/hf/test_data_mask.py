@@ -165,6 +165,17 @@ def test_generation_marks_are_taken_and_completed(inside, outside, end, file):
     assert found == [[f"Hello there!{end}", f"Paris.{end}"]]
 
 
+def test_a_blank_at_the_end_of_the_prompt_is_not_learned(file):
+    from tokenizers import processors
+
+    template = LLAMA.replace("<|end_header_id|>\n\n", "<|end_header_id|> ")
+    tokenizer = make_tokenizer(template, bos=False)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    messages = [ASK, {"role": "assistant", "content": "<|message|>  Hello there"}]
+    found = learned(load(file({"messages": messages}), tokenizer), tokenizer)
+    assert found == [["<|message|>  Hello there<|eot_id|>"]]
+
+
 # -- what cannot be masked ------------------------------------------------------------------------
 
 
@@ -225,6 +236,12 @@ def test_special_tokens_are_not_doubled(file):
     assert whole(item, tokenizer) == "<s>Hello there</s>\n"
     item = load(file({"prompt": "<s>Hello", "completion": " there</s>"}), tokenizer).items[0]
     assert whole(item, tokenizer) == "<s>Hello there</s>"
+
+
+def test_a_bos_that_is_also_the_eos_closes_nothing(file):
+    tokenizer = make_tokenizer(eos="<s>")
+    item = load(file({"text": "H"}), tokenizer).items[0]
+    assert whole(item, tokenizer) == "<s>H<s>" and item.learned == 2
 
 
 @pytest.mark.parametrize("bos", [False, True])

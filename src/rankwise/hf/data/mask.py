@@ -83,7 +83,7 @@ class Encoder:
         known = len(head)
         if bos is not None and ids[:1] != [bos] and self._ids("a", special=True)[:1] == [bos]:
             ids, known = [bos, *ids], known + 1
-        if eos not in ids[-2:]:  # a rendered chat may end in EOS and a line break
+        if eos not in ids[known:][-2:]:  # a rendered chat may end in EOS and a line break
             ids = [*ids, eos]
         return Tokens(ids, [i >= known for i in range(len(ids))])
 
@@ -109,8 +109,8 @@ class Encoder:
         """Take the template's own mask, and add the end-of-turn token if it stops short of that."""
         out = self._render(messages, row, tokenize=True, return_assistant_tokens_mask=True)
         ids, learn = out["input_ids"], [bool(mark) for mark in out["assistant_masks"]]
-        added, closed = self.tokenizer.added_tokens_decoder.items(), False
-        special = {i for i, token in added if token.special}
+        special = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        closed = False
         for i, token in enumerate(ids):
             if learn[i]:  # closed: the turn has its control token, and at most white space after it
                 closed = token in special or (closed and not self.tokenizer.decode([token]).strip())
@@ -142,7 +142,8 @@ class Encoder:
             out = self.tokenizer(
                 full, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
-            learn = [any(a <= start < b for a, b in spans) for start, _ in out["offset_mapping"]]
+            # a blank that ends the prompt may come trimmed to (a, a)
+            learn = [any(a <= i < b and a < j for a, b in spans) for i, j in out["offset_mapping"]]
             found.insert(0, Tokens(out["input_ids"], learn))
             said = rewritten
         return found
