@@ -20,6 +20,14 @@ _REMEDY = {
     "two_sided": "take a structure with an out-side and an in-side factor: LoRA, SVDForm, LoHa",
     "drops": "set dropout=0.0: this structure has no low-rank branch to drop from",
 }
+_AXES = {"structure": Structure, "init": Init, "solver": Solver, "ranks": Ranks, "sites": Sites}
+_WRITTEN = {
+    "structure": 'Methods by name come from rw.recipe("lora"); structures are rankwise.structures.',
+    "init": "They are in rankwise.inits.",
+    "solver": "They are in rankwise.solvers.",
+    "ranks": "They are in rankwise.ranks.",
+    "sites": 'Patterns are given as Sites(targets=["q_proj", "v_proj"]).',
+}
 BASES = (None, "nf4", "int8")
 
 
@@ -55,6 +63,11 @@ class Recipe:
     paper: str = ""
 
     def __post_init__(self) -> None:
+        for name, kind in _AXES.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise IncompatibleAxes(
+                    f"{name} is a {kind.__name__}; found {value!r}. {_WRITTEN[name]}"
+                )
         traits = self.structure.traits
         for axis in (self.init, self.solver, self.ranks):
             for trait in sorted(axis.requires - traits):

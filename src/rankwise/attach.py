@@ -16,7 +16,7 @@ from rankwise._recipe import Recipe
 from rankwise.activity import Chosen, Routing, normalise
 from rankwise.adapter import LAYER, Adapters, Placement, Registry, SiteFactors
 from rankwise.errors import AttachError, ModelTypeError, UnknownName
-from rankwise.graft import Grafted, put, remove
+from rankwise.graft import Grafted, bound_to_class, put, remove
 from rankwise.host import ParameterHost, Site, kind_of
 from rankwise.registry import encode
 from rankwise.structures import Structure
@@ -99,7 +99,9 @@ class Adapter(Mapping[str, dict[str, Tensor]]):
 
     def detach(self) -> None:
         """Take this adapter off the model; the last one off leaves the model as it was."""
-        registry = registry_of(self.model)
+        registry = _find(self.model)
+        if registry is None or registry.adapters.get(self.name) is not self:
+            return
         modules = dict(self.model.named_modules())
         for placement in self.placements:
             for path, _, _ in placement.carriers:
@@ -201,8 +203,8 @@ def check_model(model: nn.Module, trainable: bool = True) -> None:
                 f"attach before fully_shard: {here} is sharded already, and factors added now "
                 f"would not be. Attach first, then shard."
             )
-        forward = module.__dict__.get("forward")
-        if forward is not None and "_old_forward" not in module.__dict__ and kind_of(module):
+        own = "forward" in module.__dict__ and not bound_to_class(module)
+        if own and "_old_forward" not in module.__dict__ and kind_of(module):
             raise AttachError(
                 f"{path} has a forward of its own on the instance, which would bypass the adapter. "
                 f"Remove it (del module.forward), attach, and put it back."

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -44,13 +45,17 @@ def run_routed(holder: Adapters, rows: tuple[str | None, ...], base: Host, x: Te
             f"A routing names one adapter a row of the batch; found {len(rows)} names and an input "
             f"of {x.shape[0]} rows. Repeat each name for every beam or returned sequence."
         )
+    # a row that is a single vector (or index) becomes a batch of one token
+    lone = x.dim() == (2 if x.is_floating_point() else 1)
+    x = x.unsqueeze(1) if lone else x
     groups: dict[Any, list[int]] = {}
     found = {row: holder.active(normal(row), LAYER) for row in set(rows)}
     for i, row in enumerate(rows):
         key = None
         if found[row]:
             level = found[row][0]
-            key = (level.structure, tuple((k, v.shape) for k, v in level.factors().items()))
+            shapes = tuple((k, v.shape) for k, v in level.factors().items())
+            key = (level.structure, level.p, shapes)
         groups.setdefault(key, []).append(i)
     pieces, order = [], []
     for key, members in groups.items():
@@ -68,7 +73,8 @@ def run_routed(holder: Adapters, rows: tuple[str | None, ...], base: Host, x: Te
             pieces.append(levels[0].structure.apply(stacked, part, base))
         order += members
     back = torch.tensor(order, device=x.device).argsort()
-    return torch.cat(pieces).index_select(0, back)
+    y = torch.cat(pieces).index_select(0, back)
+    return y.squeeze(1) if lone else y
 
 
 def _layer_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
@@ -154,15 +160,34 @@ def put(module: nn.Module, adapter: str, slot: str, factors: SiteFactors, regist
     else:
         names = tuple(sorted({*names, slot}))
     grafted: Any = module
+    _drop_bound_forward(module)
     grafted.__class__ = graft_class(base, layer, names)
     grafted.adapters.put(adapter, slot, factors)
     _reseat(module)
 
 
+def bound_to_class(module: nn.Module) -> bool:
+    """Whether the instance's ``forward`` is only its class's own, bound: it is safe to drop.
+
+    accelerate leaves one behind where it takes its hook off.
+    """
+    forward = module.__dict__.get("forward")
+    return (
+        isinstance(forward, MethodType)
+        and forward.__self__ is module
+        and forward.__func__ is type(module).forward
+    )
+
+
+def _drop_bound_forward(module: nn.Module) -> None:
+    if bound_to_class(module):
+        del module.__dict__["forward"]
+
+
 def _reseat(module: nn.Module) -> None:
     """Put the grafted forward behind an accelerate hook, which replaced the instance's forward."""
     if "_old_forward" in module.__dict__:
-        module.__dict__["_old_forward"] = functools.partial(type(module).forward, module)
+        module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
 
 
 def remove(module: nn.Module, adapter: str) -> None:
@@ -173,6 +198,7 @@ def remove(module: nn.Module, adapter: str) -> None:
     if module.adapters._modules:
         return
     grafted: Any = module
+    _drop_bound_forward(module)
     grafted._modules.pop("adapters")
     grafted.__dict__.pop("grafted_transposed", None)
     grafted.__class__ = grafted.grafted_base

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, TypeAlias, final, get_args
 
 from torch import nn
 
@@ -35,6 +35,21 @@ class Target:
     match: Match = "suffix"
     optional: bool = False
 
+    def __post_init__(self) -> None:
+        if self.match not in get_args(Match):
+            raise IncompatibleAxes(
+                f'Target.match is one of {get_args(Match)}; found "{self.match}".'
+            )
+        if self.match == "role" and self.pattern not in ROLES:
+            raise IncompatibleAxes(f'A role is one of {ROLES}; found "{self.pattern}".')
+        if self.match == "regex":
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise IncompatibleAxes(
+                    f"A regex target is a regular expression; {self.pattern!r} is none ({error})."
+                ) from error
+
     @classmethod
     def of(cls, value: Pattern) -> Target:
         """A pattern from what users write: a role, a name's end, a glob, a compiled regex, a class.
@@ -46,9 +61,14 @@ class Target:
         if isinstance(value, Target):
             return value
         if isinstance(value, re.Pattern):
-            return cls(value.pattern, "regex")
+            flags = "".join(c for c in "aimsx" if value.flags & re.RegexFlag[c.upper()])
+            return cls(f"(?{flags}){value.pattern}" if flags else value.pattern, "regex")
         if isinstance(value, type):
             return cls(value.__name__, "class")
+        if not isinstance(value, str):
+            raise IncompatibleAxes(
+                f"A pattern is text, a compiled regex, a module class or a Target; found {value!r}."
+            )
         if value in ROLES:
             return cls(value, "role")
         return cls(value, "glob" if any(c in value for c in "*?[") else "suffix")
@@ -77,6 +97,8 @@ class Target:
 def _targets(values: Pattern | Sequence[Pattern]) -> tuple[Target, ...]:
     if isinstance(values, str | re.Pattern | type | Target):
         values = (values,)
+    if not isinstance(values, Iterable):
+        raise IncompatibleAxes(f"Targets are a pattern or several; found {values!r}.")
     return tuple(Target.of(v) for v in values)
 
 
@@ -138,6 +160,11 @@ class Sites:
         put("exclude", _targets(self.exclude))
         put("train", _targets(self.train))
         if self.layers is not None:
+            if isinstance(self.layers, int):
+                raise IncompatibleAxes(
+                    f"Layers are several indices; found one, {self.layers}. "
+                    f"Write layers=({self.layers},)."
+                )
             put("layers", tuple(self.layers))
         if isinstance(self.overrides, Mapping):
             put("overrides", tuple(Override.of(k, v) for k, v in self.overrides.items()))

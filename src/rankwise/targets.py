@@ -11,7 +11,13 @@ from typing import Any, final
 from torch import nn
 
 from rankwise.adapter import LAYER, Adapters, Placement
-from rankwise.errors import IncompatibleAxes, TargetError, TiedWeights
+from rankwise.errors import (
+    IncompatibleAxes,
+    RankwiseError,
+    TargetError,
+    TiedWeights,
+    WeightFormatError,
+)
 from rankwise.host import ParameterHost, Site, kind_of
 from rankwise.sites import Sites, Target
 from rankwise.structures import Replace, Rows, Stack, Structure, TokenRows
@@ -35,6 +41,7 @@ class Candidate:
         aliases: names a pattern may hit.
         classes: names of the classes of its module.
         roles: role words that include it.
+        problem: why it cannot carry one after all, raised where it is chosen.
     """
 
     site: Site
@@ -43,6 +50,7 @@ class Candidate:
     aliases: tuple[str, ...]
     classes: tuple[str, ...]
     roles: tuple[str, ...]
+    problem: RankwiseError | None = None
 
     def hit(self, target: Target) -> bool:
         """Whether the pattern means it."""
@@ -85,7 +93,16 @@ def candidates(model: nn.Module) -> list[Candidate]:
     head = output_head(model)
     found: list[Candidate] = []
 
-    def add(name: str, path: str, slot: str, site: Site, *, linear: bool, also: str = "") -> None:
+    def add(
+        name: str,
+        path: str,
+        slot: str,
+        site: Site,
+        *,
+        linear: bool,
+        also: str = "",
+        problem: RankwiseError | None = None,
+    ) -> None:
         owner = modules[path]
         numbers = [int(p) for p in name.split(".") if p.isdigit()]
         is_head = owner is head or path.rsplit(".", 1)[-1] in HEADS
@@ -94,7 +111,7 @@ def candidates(model: nn.Module) -> list[Candidate]:
         roles = [role] + (["all-linear"] if linear and not is_head else [])
         classes = tuple(c.__name__ for c in type(modules[also or path]).__mro__)
         aliases = (name, also) if also else (name,)
-        found.append(Candidate(site, path, slot, aliases, classes, tuple(roles)))
+        found.append(Candidate(site, path, slot, aliases, classes, tuple(roles), problem))
 
     inside_mha: set[str] = set()
     for path, module in modules.items():
@@ -112,8 +129,12 @@ def candidates(model: nn.Module) -> list[Candidate]:
             continue
         kind = kind_of(module)
         if kind is not None:
-            site = kind(module).site(path)
-            add(path, path, LAYER, site, linear=site.kind == "linear")
+            problem = None
+            try:
+                site = kind(module).site(path)
+            except (WeightFormatError, TargetError) as error:
+                site, problem = Site(path, kind.kind, 0, 0), error
+            add(path, path, LAYER, site, linear=site.kind == "linear", problem=problem)
             continue
         for slot, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() in (2, 3):
@@ -334,6 +355,9 @@ def resolve(model: nn.Module, structure: Structure, sites: Sites) -> tuple[Place
         for c in hits:
             extra[c.site.name] = TokenRows(tuple(ids))
             chosen = chosen if c in chosen else [*chosen, c]
+    for c in chosen:
+        if c.problem is not None:
+            raise c.problem
     adapted = {c.site.name for c in _selected(sites, found)} if sites.targets else set()
 
     placements: dict[tuple[tuple[str, str, bool], ...], Placement] = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rankwise.activity import Routing, normalise
 from rankwise.adapter import LAYER, SiteFactors
 from rankwise.attach import adapters, registry_of
-from rankwise.errors import ActivityError, UnknownName
+from rankwise.errors import ActivityError, NotMergeable, UnknownName
 from rankwise.graft import Grafted
 from rankwise.host import ParameterHost, kind_of
 
@@ -77,6 +77,12 @@ class _Job:
         """What storing would keep."""
         w, new = self.merged()
         stored = self.host.stored(new).to(w.dtype)
+        if not torch.isfinite(stored).all():
+            raise NotMergeable(
+                f"Only finite weights are written; merging would leave NaN or infinity at "
+                f"{self.site}. Nothing was changed: look at the adapter's values there, or merge "
+                f"into a float32 copy of the base if it is in float16."
+            )
         # against what is read back today: an unchanged weight must not count as lost
         delta, kept = new - w, stored - w
         size = delta.square().sum()
@@ -143,6 +149,7 @@ def merge(
     Raises:
         UnknownName: a name that is not attached.
         ActivityError: rows are being routed.
+        NotMergeable: the merged weights would hold NaN or infinity.
     """
     chosen = _names(model, names)
     jobs = _jobs(model, chosen)
@@ -177,6 +184,7 @@ def merged(model: nn.Module, names: str | Sequence[str] | None = None) -> Iterat
     Raises:
         UnknownName: a name that is not attached.
         ActivityError: rows are being routed.
+        NotMergeable: the merged weights would hold NaN or infinity.
     """
     chosen = _names(model, names)
     activity = registry_of(model).activity

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from numbers import Integral
 from typing import Protocol, TypeAlias, final
 
 from torch import Tensor
@@ -193,10 +194,11 @@ def check_rank(rank: int, site: Site, most: int) -> int:
     Raises:
         RankError: it is below 1 or above ``most``.
     """
-    if not 1 <= rank <= most:
+    whole = isinstance(rank, Integral) and not isinstance(rank, bool)
+    if not whole or not 1 <= rank <= most:
         raise RankError(
-            f"A rank lies between 1 and the smaller side of the layer, here {most}; found "
-            f"rank={rank} at {site.name} ({site.rows} x {site.cols}). Choose another rank, or "
-            f"override it there: Sites(overrides={{'{site.name}': {{'rank': ...}}}})."
+            f"A rank is a whole number between 1 and the smaller side of the layer, here {most}; "
+            f"found rank={rank!r} at {site.name} ({site.rows} x {site.cols}). Choose another rank, "
+            f"or override it there: Sites(overrides={{'{site.name}': {{'rank': ...}}}})."
         )
     return rank
