@@ -11,16 +11,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from rankwise.host.site import LayerHost, PlainHost, Site
+from rankwise.host.site import LayerHost, PlainHost, Site, flat_tokens
 from rankwise.ops import LinearOperator
 from rankwise.weights import weight_of
-
-
-def flat_tokens(x: Tensor) -> Tensor:
-    """Fold all dims between the first and the last: (B, ..., N) -> (B, T, N); (N,) -> (1, N)."""
-    if x.dim() == 1:
-        return x.unsqueeze(0)
-    return x if x.dim() in (2, 3) else x.flatten(1, -2)
 
 
 def scale_last(y: Tensor, scale: Tensor) -> Tensor:

@@ -49,6 +49,13 @@ class Site:
     role: str = "other"
 
 
+def flat_tokens(x: Tensor) -> Tensor:
+    """Fold all dims between the first and the last: (B, ..., N) -> (B, T, N); (N,) -> (1, N)."""
+    if x.dim() == 1:
+        return x.unsqueeze(0)
+    return x if x.dim() in (2, 3) else x.flatten(1, -2)
+
+
 class Host(ABC):
     """All that a structure may ask of its layer. One final subclass a layer kind.
 
@@ -178,8 +185,11 @@ class Adapted(Host):
         return nn.functional.dropout(x, self.dropout) if x.is_floating_point() else x
 
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
-        if self.host.kind in ("linear", "adapted"):
-            return self(op.mv(x))
+        layer = self.host
+        while isinstance(layer, Adapted):
+            layer = layer.host
+        if layer.kind == "linear":
+            return self(op.mv(flat_tokens(x)).reshape(x.shape))
         return self.host.mv(Dense(op.T.mv(self.weight())), x)
 
     def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class Tied(nn.Module):
 
 
 def _tokens(rows: int) -> Tensor:
-    return torch.randint(0, 20, (rows, 7))
+    return torch.arange(rows * 7).reshape(rows, 7) % 20  # every token in the first three rows
 
 
 def _normal(*shape: int) -> Callable[[int], Tensor]:
