@@ -1,0 +1,114 @@
+"""The operators' laws, for every operator that is exported, alone, nested and batched."""
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rankwise import ops
+from rankwise.ops import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Hadamard,
+    Kronecker,
+    LinearOperator,
+    Product,
+    Scaled,
+    Sum,
+)
+from rankwise.testing import check_operator
+
+Batch = tuple[int, ...]
+
+
+def d(batch: Batch, m: int, n: int) -> Dense:
+    return Dense(torch.randn(*batch, m, n, dtype=torch.float64))
+
+
+def diagonal(batch: Batch, n: int) -> Diagonal:
+    return Diagonal(torch.randn(*batch, n, dtype=torch.float64))
+
+
+def blocks(batch: Batch, k: int, b: int) -> BlockDiagonal:
+    return BlockDiagonal(torch.randn(*batch, k, b, b, dtype=torch.float64))
+
+
+def low(batch: Batch, m: int, r: int, n: int) -> Product:
+    return Product(d(batch, m, r), d(batch, r, n))
+
+
+OPERATORS: dict[str, Callable[[Batch], LinearOperator]] = {
+    "dense": lambda b: d(b, 4, 7),
+    "diagonal": lambda b: diagonal(b, 6),
+    "blocks": lambda b: blocks(b, 3, 2),
+    "one block": lambda b: blocks(b, 1, 5),
+    "product": lambda b: low(b, 6, 2, 5),
+    "three factors": lambda b: Product(d(b, 6, 2), Product(diagonal(b, 2), d(b, 2, 5))),
+    "low rank on the right": lambda b: Product(blocks(b, 3, 2), low(b, 6, 2, 5)),
+    "low rank on the left": lambda b: Product(low(b, 6, 2, 4), blocks(b, 2, 2)),
+    "scaled": lambda b: Scaled(low(b, 6, 2, 5), -1.5),
+    "scaled dense": lambda b: Scaled(d(b, 6, 5), 0.5),
+    "sum": lambda b: Sum(low(b, 6, 2, 5), Scaled(low(b, 6, 3, 5), 2.0)),
+    "sum with dense": lambda b: Sum(low(b, 6, 2, 5), d(b, 6, 5)),
+    "kronecker": lambda b: Kronecker(d(b, 2, 3), d(b, 4, 5)),
+    "kronecker, low rank": lambda b: Kronecker(d(b, 3, 2), low(b, 4, 2, 5)),
+    "kronecker of kroneckers": lambda b: Kronecker(d(b, 2, 3), Kronecker(d(b, 3, 2), d(b, 2, 2))),
+    "hadamard": lambda b: Hadamard(low(b, 6, 2, 5), low(b, 6, 3, 5)),
+    "hadamard with dense": lambda b: Hadamard(low(b, 6, 2, 5), d(b, 6, 5)),
+    "product of rotations": lambda b: Product(blocks(b, 3, 2), blocks(b, 2, 3)),
+}
+LOW = {
+    "product",
+    "three factors",
+    "low rank on the right",
+    "low rank on the left",
+    "scaled",
+    "sum",
+    "hadamard",
+    "product of rotations",
+}
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (3,)], ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator_laws(name, batch):
+    torch.manual_seed(0)
+    assert check_operator(OPERATORS[name](batch), batch) <= 1e-12
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_which_operators_lower(name):
+    assert (OPERATORS[name](()).lower() is not None) == (name in LOW)
+
+
+def test_every_exported_operator_is_in_the_table():
+    exported = {getattr(ops, name) for name in ops.__all__}
+    concrete = {c for c in exported if issubclass(c, LinearOperator) and not inspect.isabstract(c)}
+    assert concrete == {type(make(())) for make in OPERATORS.values()}
+
+
+def test_a_wrong_operator_is_caught():
+    class Wrong(Diagonal.__mro__[1]):
+        shape = (3, 3)
+        T = Diagonal(torch.ones(3, dtype=torch.float64))
+
+        def mv(self, x):
+            return 2 * x
+
+        def dense(self):
+            return torch.eye(3, dtype=torch.float64)
+
+        def lower(self):
+            return None
+
+    with pytest.raises(AssertionError, match=r"operator law: Wrong.mv differs"):
+        check_operator(Wrong())
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_mv_keeps_the_dtype_of_its_input(name):
+    op = OPERATORS[name](())
+    x = torch.randn(2, op.shape[1], dtype=torch.bfloat16)
+    assert op.mv(x).dtype == torch.bfloat16
