@@ -75,7 +75,7 @@ class Result:
         own_before: scores of the base on its own text.
         own_after: scores of the adapted model there.
         steps: optimizer steps.
-        tokens: tokens seen.
+        tokens: tokens seen, since the last checkpoint where one was resumed.
         seconds: of training.
         parameters: trained ones.
         file_bytes: size of the adapter file.
@@ -278,6 +278,7 @@ def _train(prepared: Prepared, out: Path, listener: Listener, resume: bool) -> R
         report_to="none",
         disable_tqdm=True,
     )
+    bridge = _Bridge(listener)
     trainer = Trainer(
         model,
         arguments,
@@ -286,7 +287,7 @@ def _train(prepared: Prepared, out: Path, listener: Listener, resume: bool) -> R
         eval_dataset=validation,
         data_collator=task.collator(prepared.processor),
         processing_class=prepared.processor,
-        callbacks=[_Bridge(listener)],
+        callbacks=[bridge],
     )
     trainer.remove_callback(PrinterCallback)
     last = get_last_checkpoint(str(out)) if resume else None
@@ -307,7 +308,7 @@ def _train(prepared: Prepared, out: Path, listener: Listener, resume: bool) -> R
         own_before=own_before,
         own_after=own_after,
         steps=trainer.state.global_step,
-        tokens=int(trainer.state.num_input_tokens_seen),
+        tokens=int(trainer.state.num_input_tokens_seen - bridge.start[1]),
         seconds=seconds,
         parameters=sum(p.numel() for p in adapter.parameters()),
         file_bytes=saved.stat().st_size,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -13,9 +12,10 @@ from rankwise.catalogue import catalogue, recipe
 from rankwise.errors import IncompatibleAxes, UnknownName
 from rankwise.registry import choices
 from rankwise.sites import Sites
-from rankwise.structures import Anchored
+from rankwise.structures import Anchored, Replace, Rows, Stack, Structure, TokenRows
 
 _AXES = {"structure": "structures", "init": "inits", "solver": "solvers", "ranks": "ranks"}
+_PARTIAL = (Replace, Rows, Stack, TokenRows)  # what sites put together, not a method's structure
 
 
 def compose(
@@ -98,7 +98,8 @@ def _value(axis: str, text: str, options: Mapping[str, Any]) -> Any:
     """An axis value by name: a class, a wrapper around one, or the value of a method."""
     outer, bracket, rest = text.partition("(")
     there = {_plain(tag): cls for tag, cls in choices(_AXES[axis]).items()}
-    there = {tag: cls for tag, cls in there.items() if not inspect.isabstract(cls)}
+    if axis == "structure":
+        there = {t: c for t, c in there.items() if issubclass(c, Structure) and c not in _PARTIAL}
     methods = catalogue()
     wanted = _plain(outer)
     cls = there.get(wanted)

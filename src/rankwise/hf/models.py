@@ -81,8 +81,9 @@ def config_of(model: str | Path) -> Any:
     """
     from transformers import AutoConfig
 
+    path = locate(model)
     try:
-        return AutoConfig.from_pretrained(locate(model), trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelFileError(f"{model} has no config that loads ({_first(error)}).") from error
 
