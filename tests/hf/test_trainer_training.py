@@ -14,13 +14,13 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from trainer_models import adapted, arguments, equal, llama, nf4, rows, tokenizer, values
 
 import rankwise as rw
 import rankwise.hf
 from rankwise.errors import AttachError, FileFormatError, ModelTypeError, TrainingError
 from rankwise.ranks import Plan, Ranks
 from rankwise.solvers import AdamW
-from trainer_models import adapted, arguments, equal, llama, nf4, rows, tokenizer, values
 
 
 def trainer(model: Any, folder: Path, lr: float | None = None, **changes: Any) -> rw.hf.Trainer:
@@ -30,7 +30,9 @@ def trainer(model: Any, folder: Path, lr: float | None = None, **changes: Any) -
 
 
 def test_the_bridge_imports_nothing_heavy():
-    code = "import sys, rankwise.hf as hf; print('transformers' in sys.modules, sorted(dir(hf)) != 0)"
+    code = (
+        "import sys, rankwise.hf as hf; print('transformers' in sys.modules, sorted(dir(hf)) != 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[0] == "False"
 
@@ -51,9 +53,7 @@ def test_reference_is_the_function_whatever_was_imported_first():
         (None, {}, 5e-4, "the recipe lora_plus"),
     ],
 )
-def test_one_learning_rate_printed_with_every_group(
-    tmp_path, capsys, lr, given, expected, chooser
-):
+def test_one_learning_rate_printed_with_every_group(tmp_path, capsys, lr, given, expected, chooser):
     model, _ = adapted(method="lora_plus")
     optimizer = trainer(model, tmp_path, lr, **given).create_optimizer()
     assert [g["lr"] for g in optimizer.param_groups] == [expected, 16 * expected]

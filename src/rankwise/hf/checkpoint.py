@@ -16,7 +16,7 @@ from typing import Any, final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from rankwise import io
 from rankwise.attach import Adapter
@@ -156,9 +156,7 @@ class Journal(TrainerCallback):
         self.trainer = trainer
         self.resumed: dict[str, Any] | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Continue the sums of the resumed run, and drop the lines after its step."""
         if self.resumed is not None:
             go_on(self.trainer, self.resumed)
@@ -167,25 +165,23 @@ class Journal(TrainerCallback):
             return
         file = Path(str(args.output_dir)) / METRICS
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        kept = "".join(line for line in lines if 0 <= _step(line) <= state.global_step)
-        io.atomically(file, lambda path: path.write_text(kept if state.global_step else ""))
+        done = state.global_step or -1
+        kept = "".join(line for line in lines if 0 <= _step(line) <= done)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+        def write(path: Path) -> None:
+            path.write_text(kept)
+
+        io.atomically(file, write)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Append a line."""
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        logs: dict[str, Any] = kwargs.get("logs") or {}
+        if not state.is_world_process_zero or not logs or "train_loss" in logs:  # the end of the run
             return
-        timeless = {k: v for k, v in logs.items() if not k.endswith(("_runtime", "_per_second"))}
-        # JSON has no NaN
         values = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in timeless.items()
+            k: v if not isinstance(v, float) or math.isfinite(v) else None  # JSON has no NaN
+            for k, v in logs.items()
+            if not k.endswith(("_runtime", "_per_second"))
         }
         file = Path(str(args.output_dir)) / METRICS
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from rankwise.attach import Adapter, adapters
@@ -218,10 +219,10 @@ class AdapterMixin(_Base):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The trainer's loss; while training, with the recipes' penalties."""
-        training = self.model.training
+        adapted: Any = self.model
+        training = adapted.training
         if training:
-            kept = dict(inputs) if isinstance(inputs, Mapping) else inputs
-            self._batch = kept, num_items_in_batch
+            self._batch = copy.copy(inputs), num_items_in_batch
         found = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
@@ -251,7 +252,7 @@ class AdapterMixin(_Base):
         if not torch.isfinite(loss).all():
             raise TrainingError(
                 f"The loss became {loss.mean().item()} at step {self.state.global_step + 1}: "
-                f"{first_wrong(self.model, self._chosen, self._again)}. This step was not applied. "
+                f"{first_wrong(self._chosen, self._again)}. This step was not applied. "
                 f"{last_good(self.args)} Lower the learning rate, or look at the batch."
             )
         return loss
@@ -259,13 +260,14 @@ class AdapterMixin(_Base):
     def _again(self) -> Any:
         assert self._batch is not None
         inputs, items = self._batch
+        model: Any = self.model_wrapped
         with self.compute_loss_context_manager():
-            return super().compute_loss(self.model_wrapped, inputs, num_items_in_batch=items)
+            return super().compute_loss(model, inputs, num_items_in_batch=items)
 
     # -- files --------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained adapters, the arguments as JSON and, where it is the end, the tokenizer.
+        """Write the trained adapters and the arguments; outside of checkpoints the tokenizer too.
 
         Every rank calls it.
 
@@ -367,16 +369,9 @@ class _Plans(TrainerCallback):
     def __init__(self, chosen: list[Adapter]) -> None:
         self.changing = [a for a in chosen if not isinstance(a.recipe.ranks, Constant)]
 
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask each recipe for a plan; gradients are still there, so scores can be computed."""
-        if getattr(optimizer, "step_was_skipped", False):
+        if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             return
         for adapter in self.changing:
             sites = list(adapter.sites.values())

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from rankwise.activity import Routing
@@ -51,7 +51,7 @@ def trained(model: nn.Module) -> list[Adapter]:
     return found
 
 
-def last_good(args: TrainingArguments) -> str:
+def last_good(args: Any) -> str:
     """A sentence about the checkpoint to go back to."""
     folder = str(args.output_dir)
     last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
@@ -68,21 +68,20 @@ def _finite(value: Any) -> bool:
     return all(_finite(v) for v in value)
 
 
-def first_wrong(model: nn.Module, among: Iterable[Adapter], again: Callable[[], Any]) -> str:
-    """Where NaN or infinity first appears: in a factor, in an activation, in a gradient.
+def first_wrong(among: Sequence[Adapter], again: Callable[[], Any]) -> str:
+    """Where the NaN of a loss comes from: a factor, an activation, or the loss alone.
 
     Args:
-        model: the adapted model.
-        among: the adapters to look at.
+        among: the adapters to look at, all on one model.
         again: runs the forward of the batch once more.
 
     Returns:
         The place, in words.
     """
-    parameters = [item for adapter in among for item in adapter.named_parameters()]
-    for name, parameter in parameters:
-        if not _finite(parameter.detach()):
-            return f"factor {name} is not finite"
+    for adapter in among:
+        for name, parameter in adapter.named_parameters():
+            if not _finite(parameter.detach()):
+                return f"factor {name} is not finite"
     found: list[str] = []
 
     def look(name: str) -> Callable[..., None]:
@@ -94,8 +93,8 @@ def first_wrong(model: nn.Module, among: Iterable[Adapter], again: Callable[[], 
 
     hooks = [
         module.register_forward_hook(look(name))
-        for name, module in model.named_modules()
-        if not isinstance(module, Adapters | SiteFactors)
+        for name, module in among[0].model.named_modules()
+        if name and not isinstance(module, Adapters | SiteFactors)  # the model's own holds the loss
     ]
     try:
         with torch.no_grad():
@@ -106,10 +105,7 @@ def first_wrong(model: nn.Module, among: Iterable[Adapter], again: Callable[[], 
         for handle in hooks:
             handle.remove()
     if found:
-        return f"the output of {found[0] or 'the model'} is not finite"
-    for name, parameter in reversed(parameters):  # gradients flow from the last site to the first
-        if parameter.grad is not None and not _finite(parameter.grad):
-            return f"the gradient of {name} is not finite"
+        return f"the output of {found[0]} is not finite"
     return "every activation is finite, so it is the loss itself (is every label masked?)"
 
 
@@ -136,41 +132,28 @@ class Watch(TrainerCallback):
         self.untouched: list[str] = []
         self._parameters: list[tuple[str, str, nn.Parameter]] = []
         self._waiting: set[str] = set()
+        self._stacked: set[str] = set()
         self._experts: dict[str, Tensor] = {}
         self._hooks: dict[str, list[Any]] = {}
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the adapters that are about to be trained."""
-        self._release(list(self._hooks))
+        self._release()
         self.done, self.started, self.reached, self.untouched = 0, False, set(), []
-        self._experts = {}
-        self._parameters = [
-            (site, f"{site}/{name}", parameter)
-            for adapter in trained(model)
-            for site, module in adapter.sites.items()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        ]
-        self._waiting = {name for _, name, _ in self._parameters}
-        stacked = {
-            p.site.name for adapter in trained(model) for p in adapter.placements if p.site.stack
-        }
+        model, self._parameters, self._experts = kwargs["model"], [], {}
         modules = dict(model.named_modules())
         for adapter in trained(model):
+            for name, parameter in adapter.named_parameters(trainable=True):
+                self._parameters.append((name.rpartition("/")[0], name, parameter))
             for placement in adapter.placements:
                 hook = self._look(placement.site.name)
                 self._hooks.setdefault(placement.site.name, []).extend(
                     modules[path].register_forward_pre_hook(hook, with_kwargs=True)
                     for path, _, _ in placement.carriers
                 )
-        self._stacked = stacked
+                if placement.site.stack:
+                    self._stacked.add(placement.site.name)
+        self._waiting = {name for _, name, _ in self._parameters}
 
     def _look(self, site: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -180,14 +163,7 @@ class Watch(TrainerCallback):
 
         return hook
 
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the gradients before they are applied."""
         with_gradient = [item for item in self._parameters if item[2].grad is not None]
         sizes: list[float] = []
@@ -195,18 +171,22 @@ class Watch(TrainerCallback):
             norms = torch._foreach_norm([p.grad for _, _, p in with_gradient if p.grad is not None])
             whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]  # type: ignore
             sizes = torch.stack([n.float() for n in whole]).tolist()
-        wrong = [item[1] for item, size in zip(with_gradient, sizes, strict=True) if not math.isfinite(size)]
-        if wrong and getattr(optimizer, "scaler", None) is None:  # a scaler skips such steps itself
-            self._release(list(self._hooks))
+        looked = list(zip(with_gradient, sizes, strict=True))
+        wrong = [item[1] for item, size in looked if not math.isfinite(size)]
+        if (
+            wrong and getattr(kwargs.get("optimizer"), "scaler", None) is None
+        ):  # a scaler skips such steps itself
+            self._release()
             raise TrainingError(
                 f"The gradient became NaN or infinite at step {state.global_step + 1}, first at "
-                f"{wrong[-1]} (of {len(wrong)} factors), and was not applied. {last_good(args)} "
+                f"{wrong[-1]} (of {len(wrong)} factors; gradients flow from the last site to the "
+                f"first), and was not applied. {last_good(args)} "
                 f"Lower the learning rate, or look at the batch."
             )
         self.done += 1
         if wrong or self.done > self.steps:
             return
-        alive = [item for item, size in zip(with_gradient, sizes, strict=True) if size > 0]
+        alive = [item for item, size in looked if size > 0]
         self._waiting -= {name for _, name, _ in alive}
         for site, _, parameter in alive:
             if site in self._stacked and parameter.grad is not None:
@@ -221,9 +201,9 @@ class Watch(TrainerCallback):
     def _check_sites(self, step: int, alive: set[str]) -> None:
         sites = dict.fromkeys(site for site, _, _ in self._parameters)
         silent = [site for site in sites if site not in alive and site in self.reached]
-        self._release(list(alive))
+        self._release(alive)
         if silent or not alive:
-            self._release(list(self._hooks))
+            self._release()
             raise TrainingError(
                 f"Every site learns from step one; after step {step} no factor has a gradient at "
                 f"{len(silent)} of {len(sites)} sites: {', '.join(silent[:4])}. The usual causes: "
@@ -234,12 +214,10 @@ class Watch(TrainerCallback):
         self._list([site for site in sites if site not in alive], step)
 
     def _check_factors(self, step: int) -> None:
-        self._release(list(self._hooks))
+        self._release()
         idle = [s for s in dict.fromkeys(s for s, _, _ in self._parameters) if self._idle(s)]
         missing = [
-            name
-            for site, name, _ in self._parameters
-            if name in self._waiting and site not in idle
+            name for site, name, _ in self._parameters if name in self._waiting and site not in idle
         ]
         if missing:
             raise TrainingError(
@@ -268,15 +246,13 @@ class Watch(TrainerCallback):
                 file=sys.stderr,
             )
 
-    def _release(self, sites: list[str]) -> None:
-        for site in sites:
+    def _release(self, sites: Iterable[str] | None = None) -> None:
+        for site in list(self._hooks) if sites is None else sites:
             for handle in self._hooks.pop(site, ()):
                 handle.remove()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the model, and say so where nothing was learnt."""
-        self._release(list(self._hooks))
+        self._release()
         if self.done and not self.started:
             print("rankwise: no step gave any gradient, nothing was learnt", file=sys.stderr)
