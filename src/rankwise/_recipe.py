@@ -68,22 +68,27 @@ class Recipe:
                 raise IncompatibleAxes(
                     f"{name} is a {kind.__name__}; found {value!r}. {_WRITTEN[name]}"
                 )
-        traits = self.structure.traits
-        for axis in (self.init, self.solver, self.ranks):
-            for trait in sorted(axis.requires - traits):
-                raise IncompatibleAxes(
-                    f"{type(axis).__name__} needs a structure with the trait '{trait}', which "
-                    f"{self.structure!r} has not; {_REMEDY.get(trait, 'choose another structure')}."
-                )
-        if self.dropout and "drops" not in traits:
-            raise IncompatibleAxes(
-                f"dropout={self.dropout} acts on the input of an update, and {self.structure!r} "
-                f"has none; {_REMEDY['drops']}."
-            )
+        for structure in (self.structure, *(o.structure for o in self.sites.overrides)):
+            if structure is not None:
+                self._check_traits(structure)
         if not 0 <= self.dropout < 1:
             raise IncompatibleAxes(f"dropout lies in [0, 1); found {self.dropout}.")
         if self.base not in BASES:
             raise IncompatibleAxes(f"base is one of {BASES}; found {self.base!r}.")
+
+    def _check_traits(self, structure: Structure) -> None:
+        traits = structure.traits
+        for axis in (self.init, self.solver, self.ranks):
+            for trait in sorted(axis.requires - traits):
+                raise IncompatibleAxes(
+                    f"{type(axis).__name__} needs a structure with the trait '{trait}', which "
+                    f"{structure!r} has not; {_REMEDY.get(trait, 'choose another structure')}."
+                )
+        if self.dropout and "drops" not in traits:
+            raise IncompatibleAxes(
+                f"dropout={self.dropout} acts on the input of an update, and {structure!r} "
+                f"has none; {_REMEDY['drops']}."
+            )
 
     def with_(self, **changes: Any) -> Recipe:
         """The same recipe with some axes replaced."""
