@@ -71,13 +71,16 @@ class EmbeddingHost(PlainHost):
         pad = self._padding(x)
         return y if pad is None else torch.where(pad, self(x), y)
 
-    def stored(self, w: Tensor) -> Tensor:
-        w = w.to(self.dtype)
+    def keep_padding(self, w: Tensor) -> Tensor:
+        """The matrix with the base's own padding row."""
         pad = self.module.padding_idx
         if pad is not None:
             w = w.clone()
-            w[:, pad] = self.weight()[:, pad]
+            w[:, pad] = self.weight()[:, pad].to(w.dtype)
         return w
+
+    def stored(self, w: Tensor) -> Tensor:
+        return self.keep_padding(w.to(self.dtype))
 
     @torch.no_grad()
     def write(self, w: Tensor) -> None:

@@ -71,7 +71,8 @@ class _Job:
         new = w
         for level in self.levels:
             new = level.structure.weight(level.factors(), new)
-        return w, new
+        # the padding row takes no part in the update, so it is no loss either
+        return w, self.host.keep_padding(new) if self.host.kind == "embedding" else new
 
     def report(self) -> SiteReport:
         """What storing would keep."""
