@@ -80,10 +80,10 @@ TOKENS: tuple[Structure, ...] = (
     TokenRows((3, 5, 11)),
     Stack(LoRA(3), TokenRows((3, 5, 11))),
     Stack(OFT(4), TokenRows((0, 19))),
-    Stack(Magnitude(LoRA(3)), TokenRows((4,))),
+    Stack(Magnitude(LoRA(3)), TokenRows((11,))),
     Stack(TokenRows((4, 6)), LoRA(2)),
     Stack(TokenRows((4, 6)), OFT(4)),
-    Magnitude(TokenRows((5, 6))),
+    Magnitude(TokenRows((0, 11))),
 )
 STRUCTURES = (*LEAVES, *WRAPPED, *ROWS, *TOKENS)
 

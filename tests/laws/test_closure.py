@@ -1,0 +1,145 @@
+"""L4 over the product of all axes: what is legal works from end to end, all else is refused."""
+
+import contextlib
+import copy
+import inspect
+import io
+from collections import Counter
+from dataclasses import is_dataclass
+from itertools import product
+
+import pytest
+import torch
+from law_cases import LEAVES, WRAPPED
+from torch import nn
+
+import rankwise as rw
+from rankwise import inits, ranks, solvers
+from rankwise.errors import IncompatibleAxes
+from rankwise.inits import Gaussian, Init, Kaiming, Orthogonal, Principal
+from rankwise.ranks import Constant, Ranks
+from rankwise.solvers import AdamW, LoRAPlus, Solver
+from rankwise.structures import OFT, Anchored, LoHa, LoRA, Magnitude
+from rankwise.testing import SAMPLES, check_init, check_ranks, check_solver, train_step
+
+STRUCTURES = (*LEAVES, *WRAPPED)
+INITS = (Kaiming(), Gaussian(), Gaussian(0.02), Orthogonal(), Principal(), Principal(4))
+SOLVERS = (AdamW(), AdamW(weight_decay=0.1), LoRAPlus(4.0))
+RANKS = (Constant(),)
+DROPOUTS = (0.0, 0.1)
+
+
+def concrete(module, base) -> set[type]:
+    found = (getattr(module, name) for name in module.__all__)
+    return {c for c in found if isinstance(c, type) and issubclass(c, base) and is_dataclass(c)}
+
+
+@pytest.mark.parametrize(
+    ("module", "base", "values"),
+    [(inits, Init, INITS), (solvers, Solver, SOLVERS), (ranks, Ranks, RANKS)],
+    ids=["inits", "solvers", "ranks"],
+)
+def test_every_exported_axis_is_in_the_product(module, base, values):
+    assert {c for c in concrete(module, base) if not inspect.isabstract(c)} == set(
+        map(type, values)
+    )
+
+
+def lives(recipe: rw.Recipe, base: nn.Module, folder) -> None:
+    """One life: a step of training, a file, another model, merging."""
+    x = torch.randn(6, 12, dtype=torch.float64)
+    model = copy.deepcopy(base)
+    adapter = rw.attach(model, recipe)
+    adapter.optimizer()
+    rescue = {n: p for n, p in adapter.named_parameters(trainable=True) if not p.any()}
+    with torch.no_grad():  # two factors at zero would give no gradient to each other
+        for p in rescue.values():
+            p.add_(0.1)
+    train_step(repr(recipe), model.train(), adapter, x)
+    y = model.eval()(x)
+    other = copy.deepcopy(base)
+    with contextlib.redirect_stderr(io.StringIO()):
+        adapter.save(folder)
+        loaded = rw.load(other, folder)
+    assert loaded.recipe == recipe
+    assert torch.equal(other(x), y)
+    rw.merge(other)
+    torch.testing.assert_close(other(x), y, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
+def test_the_whole_product(structure, tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8)).double().eval()
+    count = Counter()
+    for init, solver, rank, dropout in product(INITS, SOLVERS, RANKS, DROPOUTS):
+        needs = init.requires | solver.requires | rank.requires | ({"drops"} if dropout else set())
+        axes = {"init": init, "solver": solver, "ranks": rank, "dropout": dropout}
+        if needs <= structure.traits:
+            lives(rw.Recipe(structure, **axes), base, tmp_path)
+            count["legal"] += 1
+        else:
+            with pytest.raises(IncompatibleAxes, match=r";.+\."):  # the sentence names a remedy
+                rw.Recipe(structure, **axes)
+            count["refused"] += 1
+    assert sum(count.values()) == len(INITS) * len(SOLVERS) * len(RANKS) * len(DROPOUTS)
+    assert count["legal"] >= 2
+
+
+def test_the_product_is_wide():
+    points = product(STRUCTURES, INITS, SOLVERS, RANKS, DROPOUTS)
+    legal = sum(
+        i.requires | s.requires | r.requires | ({"drops"} if d else set()) <= t.traits
+        for t, i, s, r, d in points
+    )
+    assert legal >= 400
+
+
+@pytest.mark.parametrize("init", INITS, ids=repr)
+def test_inits(init):
+    check_init(init)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_solvers(solver):
+    check_solver(solver)
+
+
+@pytest.mark.parametrize("plan", RANKS, ids=repr)
+def test_ranks(plan):
+    check_ranks(plan)
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (lambda: Magnitude(Magnitude(LoRA(2))), "Keep one"),
+        (lambda: Anchored(OFT(4)), "Anchor the additive structure"),
+        (lambda: Anchored(Magnitude(LoRA(2))), r"Magnitude\(Anchored"),
+        (lambda: LoRA(2, scale_rule="r"), "alpha/r"),
+        (lambda: OFT(4, terms=2), "at least 3"),
+        (lambda: rw.Recipe(LoRA(2), dropout=1.0), "dropout lies in"),
+        (lambda: rw.Recipe(LoRA(2), base="nf3"), "base is one of"),
+        (lambda: rw.Recipe(LoRA(2), sites=rw.Sites(())), "somewhere to go"),
+    ],
+)
+def test_what_clashes_is_refused_when_it_is_made(make, remedy):
+    with pytest.raises(IncompatibleAxes, match=remedy):
+        make()
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [{"init": Principal()}, {"solver": LoRAPlus()}, {"dropout": 0.1}],
+    ids=lambda a: next(iter(a)),
+)
+def test_an_override_must_be_legal_too(axes):
+    sites = rw.Sites(overrides={"2": OFT(4)})
+    with pytest.raises(IncompatibleAxes, match="OFT"):
+        rw.Recipe(Anchored(LoRA(2)), sites=sites, **axes)
+
+
+def test_samples_hold_every_trait_that_an_axis_asks_for():
+    asked = set().union(*(a.requires for a in (*INITS, *SOLVERS, *RANKS)))
+    assert asked <= set().union(*(s.traits for s in SAMPLES))
+    assert LoHa(4) in SAMPLES
