@@ -19,7 +19,7 @@ from trainer_models import adapted, arguments, rows
 import rankwise.hf
 
 torch.set_num_threads(1)
-STEPS = 30
+STEPS = 20
 
 
 def die() -> None:
