@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import shutil
 from typing import Annotated
 
@@ -36,7 +37,7 @@ def merge(
         wanted = verify.probe(exact)
         del exact
         loaded = task.model(model, None, tokenizer, dtype=dtype)
-        with contextlib.redirect_stderr(None):  # it was said once
+        with contextlib.redirect_stderr(io.StringIO()):  # it was said once
             common.load_adapter(loaded, adapter)
         report = merged_into(loaded)
         partial = folder / ".partial"

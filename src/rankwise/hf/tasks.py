@@ -84,6 +84,10 @@ class TextTask(Task):
         return tokenizer_of(model)
 
     def split(self, examples: Any, share: float, seed: int) -> tuple[Any, Any]:
+        items = examples.items
+        if examples.schema == "text" and len({e.row.where for e in items}) == 1 < len(items):
+            aside = min(max(1, round(share * len(items))), len(items) - 1)
+            return examples[:-aside], examples[-aside:]  # the end of the one document
         return data.split(examples, share, seed)
 
 
