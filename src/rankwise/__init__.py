@@ -13,16 +13,7 @@ from rankwise.version import __version__
 if TYPE_CHECKING:
     from rankwise import errors, recipes
     from rankwise._recipe import Recipe
-    from rankwise.attach import (
-        Adapter,
-        adapters,
-        attach,
-        disabled,
-        load,
-        route,
-        set_active,
-        targets,
-    )
+    from rankwise.attach import Adapter, adapters, attach, disabled, load, route, set_active, targets
     from rankwise.catalogue import catalogue, recipe
     from rankwise.formats import export
     from rankwise.lifecycle import merge, merged
@@ -52,16 +43,7 @@ __all__ = [
 
 _HOMES = {
     "_recipe": ("Recipe",),
-    "attach": (
-        "Adapter",
-        "adapters",
-        "attach",
-        "disabled",
-        "load",
-        "route",
-        "set_active",
-        "targets",
-    ),
+    "attach": ("Adapter", "adapters", "attach", "disabled", "load", "route", "set_active", "targets"),
     "catalogue": ("catalogue", "recipe"),
     "formats": ("export",),
     "lifecycle": ("merge", "merged"),

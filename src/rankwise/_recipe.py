@@ -65,9 +65,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, kind in _AXES.items():
             if not isinstance(value := getattr(self, name), kind):
-                raise IncompatibleAxes(
-                    f"{name} is a {kind.__name__}; found {value!r}. {_WRITTEN[name]}"
-                )
+                raise IncompatibleAxes(f"{name} is a {kind.__name__}; found {value!r}. {_WRITTEN[name]}")
         for structure in (self.structure, *(o.structure for o in self.sites.overrides)):
             if structure is not None:
                 self._check_traits(structure)

@@ -61,9 +61,7 @@ def recipe(name: str, **options: Any) -> Recipe:
     makers = _makers()
     if name not in makers:
         close = difflib.get_close_matches(name, makers, n=3)
-        hint = (
-            f"Nearest: {', '.join(close)}." if close else f"There are: {', '.join(sorted(makers))}."
-        )
+        hint = f"Nearest: {', '.join(close)}." if close else f"There are: {', '.join(sorted(makers))}."
         raise UnknownName(f'No method is called "{name}". {hint}')
     try:
         return makers[name](**options)

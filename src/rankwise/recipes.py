@@ -57,9 +57,7 @@ def lora(rank: int = 16, alpha: float | None = None, **axes: Any) -> Recipe:
         its code.
     """
     structure = LoRA(rank, rank if alpha is None else alpha)
-    return _recipe(
-        axes, structure=structure, lr=2e-3, name="lora", paper="Hu et al. 2021, arXiv 2106.09685"
-    )
+    return _recipe(axes, structure=structure, lr=2e-3, name="lora", paper="Hu et al. 2021, arXiv 2106.09685")
 
 
 def rslora(rank: int = 16, alpha: float = 16.0, **axes: Any) -> Recipe:
@@ -105,9 +103,7 @@ def dora(rank: int = 16, alpha: float | None = None, **axes: Any) -> Recipe:
     return _recipe(axes, structure=structure, lr=2e-3, name="dora", paper=paper)
 
 
-def pissa(
-    rank: int = 16, alpha: float | None = None, iterations: int | None = None, **axes: Any
-) -> Recipe:
+def pissa(rank: int = 16, alpha: float | None = None, iterations: int | None = None, **axes: Any) -> Recipe:
     """PiSSA: LoRA that starts at the r leading singular triplets of W, which are subtracted.
 
     Parameters per layer: r (out + in) trained, as many stored. Law: identity at the start up to
@@ -235,9 +231,7 @@ def oft(block: int = 32, terms: int | None = None, **axes: Any) -> Recipe:
     return _recipe(axes, structure=OFT(block, terms), lr=2e-3, name="oft", paper=paper)
 
 
-def lora_plus(
-    rank: int = 16, alpha: float | None = None, ratio: float = 16.0, **axes: Any
-) -> Recipe:
+def lora_plus(rank: int = 16, alpha: float | None = None, ratio: float = 16.0, **axes: Any) -> Recipe:
     """LoRA+: LoRA whose B learns ``ratio`` times faster than A.
 
     Parameters per layer: r (out + in). Law: a group for each side, from the factors' named dims.

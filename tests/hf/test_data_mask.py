@@ -62,19 +62,10 @@ def whole(example, tokenizer):
     [
         (LLAMA, [["Hello there!<|eot_id|>", "Paris.<|eot_id|>"]]),
         (GEMMA3, [["Hello there!<end_of_turn>", "Paris.<end_of_turn>"]]),
-        (
-            QWEN3,
-            [
-                ["<think>\n\n</think>\n\nHello there!<|im_end|>"],
-                ["<think>\n\n</think>\n\nParis.<|im_end|>"],
-            ],
-        ),
+        (QWEN3, [["<think>\n\n</think>\n\nHello there!<|im_end|>"], ["<think>\n\n</think>\n\nParis.<|im_end|>"]]),
         (
             GPT_OSS,
-            [
-                ["<|channel|>final<|message|>Hello there!<|return|>"],
-                ["<|channel|>final<|message|>Paris.<|return|>"],
-            ],
+            [["<|channel|>final<|message|>Hello there!<|return|>"], ["<|channel|>final<|message|>Paris.<|return|>"]],
         ),
     ],
     ids=["llama-3.1", "gemma-3", "qwen3", "gpt-oss"],
@@ -195,9 +186,7 @@ def test_an_all_zero_mask_names_the_row(file):
 
 def test_no_assistant(file):
     refused(file({"messages": [ASK]}), make_tokenizer(LLAMA), "line 1", "user", "assistant")
-    refused(
-        file({"messages": [{"role": "assistant", "content": "Hi"}]}), make_tokenizer(LLAMA), "1"
-    )
+    refused(file({"messages": [{"role": "assistant", "content": "Hi"}]}), make_tokenizer(LLAMA), "1")
 
 
 def test_a_template_that_refuses(file):
@@ -249,9 +238,7 @@ def test_a_bos_that_is_also_the_eos_closes_nothing(file):
 def test_only_the_completion_is_learned(bos, prompt, file):
     tokenizer = make_tokenizer(bos=bos)
     examples = load(file({"prompt": prompt, "completion": " what is the capital?"}), tokenizer)
-    assert whole(examples.items[0], tokenizer) == (
-        ("<s>" if bos else "") + prompt + " what is the capital?</s>"
-    )
+    assert whole(examples.items[0], tokenizer) == (("<s>" if bos else "") + prompt + " what is the capital?</s>")
     first = tokenizer.decode(tokenizer.encode(" what", add_special_tokens=False)[:1])
     lost = 0 if prompt or bos else len(first)  # nothing predicts the very first token
     assert learned(examples, tokenizer) == [[" what is the capital?</s>"[lost:]]]
@@ -263,14 +250,10 @@ def test_a_prompt_is_tokenised_as_at_inference(file):
     assert joined[: len(head)] != head  # a token straddles the boundary
     item = load(file({"prompt": "Hello t", "completion": "here"}), tokenizer).items[0]
     assert item.input_ids[: len(head)].tolist() == head
-    assert (item.labels[: len(head)] == IGNORE).all() and whole(
-        item, tokenizer
-    ) == "Hello there</s>"
+    assert (item.labels[: len(head)] == IGNORE).all() and whole(item, tokenizer) == "Hello there</s>"
 
 
-@pytest.mark.parametrize(
-    ("prompt", "completion"), [(TALK[:3], TALK[3:]), (TALK[:3], "Paris."), ("Where?", TALK[3:])]
-)
+@pytest.mark.parametrize(("prompt", "completion"), [(TALK[:3], TALK[3:]), (TALK[:3], "Paris."), ("Where?", TALK[3:])])
 def test_a_conversational_prompt(prompt, completion, file):
     tokenizer = make_tokenizer(LLAMA)
     examples = load(file({"prompt": prompt, "completion": completion}), tokenizer)

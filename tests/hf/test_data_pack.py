@@ -12,17 +12,8 @@ from rankwise.errors import DataError
 from rankwise.hf.data import Collator, check_packing, load, pack
 from rankwise.hf.data.examples import IGNORE
 
-SIZE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "head_dim": 16,
-}
-HEADS: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 128,
-}
+SIZE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
 
 
 def make_model(kind="llama", attention="sdpa"):
@@ -43,10 +34,7 @@ def make_model(kind="llama", attention="sdpa"):
 
 @pytest.fixture
 def examples(tmp_path):
-    rows = [
-        {"prompt": f"Question {i}: " + "why " * i, "completion": "so " * (7 * i % 9 + 1)}
-        for i in range(8)
-    ]
+    rows = [{"prompt": f"Question {i}: " + "why " * i, "completion": "so " * (7 * i % 9 + 1)} for i in range(8)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return load(tmp_path / "a.jsonl", make_tokenizer())
 

@@ -120,9 +120,7 @@ def test_ambiguous_columns_are_chosen_by_schema(lines):
 
 
 def test_unusable_columns(lines):
-    refused(
-        lambda: read(lines({"instruction": "a", "output": "b"})), "instruction + output", "line 1"
-    )
+    refused(lambda: read(lines({"instruction": "a", "output": "b"})), "instruction + output", "line 1")
 
 
 def test_mixed_schemas(lines, tmp_path):
@@ -167,9 +165,7 @@ def test_missing_empty_and_unknown_files(tmp_path):
     refused(lambda: read(tmp_path / "a.xlsx"), "a.xlsx", ".parquet", "suffix=")
 
 
-@pytest.mark.parametrize(
-    "line", [b'{"text": "a"', b"text", b'["text"]', b'{"text": "\xff\xfe"}', b"3"]
-)
+@pytest.mark.parametrize("line", [b'{"text": "a"', b"text", b'["text"]', b'{"text": "\xff\xfe"}', b"3"])
 def test_a_broken_line_of_jsonl(line, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
@@ -295,9 +291,7 @@ def test_equal_rows_and_the_pieces_of_one_row_stay_together(lines):
     assert len(train) + len(validation) == len(examples)
     sides = [{e.row.text() for e in part.items} for part in (train, validation)]
     assert len(sides[1]) == 5 and not sides[0] & sides[1]
-    assert [e.row.where for e in split(examples, 0.25)[1].items] == [
-        e.row.where for e in validation.items
-    ]
+    assert [e.row.where for e in split(examples, 0.25)[1].items] == [e.row.where for e in validation.items]
     assert len(examples[:3]) == 3 and examples[:3].schema == "text"
     refused(lambda: split(examples, 1.5), "1.5 of 20")
     refused(lambda: split(examples[:1]), "0.1 of 1")

@@ -40,10 +40,7 @@ def test_counts_and_lengths(file):
     assert found["tokens"] == sum(min(n + 3, 64) for n in range(1, 101))
     assert found["learned"] == sum(item.learned for item in examples.items)
     assert found["split"] == found["unrolled"] == found["repeated"] == 0
-    assert found["samples"] == [
-        [("<s>?", False), ("!</s>", True)],
-        [("<s>??", False), ("!</s>", True)],
-    ]
+    assert found["samples"] == [[("<s>?", False), ("!</s>", True)], [("<s>??", False), ("!</s>", True)]]
     json.dumps(found)
 
 
@@ -69,9 +66,7 @@ def test_duplicates_between_training_and_validation(file):
     tokenizer = make_tokenizer()
     changed = STORY.replace("word7", "cat", 1)
     other = " ".join(reversed(WORDS * 3))
-    train = load(
-        file("train.jsonl", *({"text": t} for t in ("one", STORY, "two", other))), tokenizer
-    )
+    train = load(file("train.jsonl", *({"text": t} for t in ("one", STORY, "two", other))), tokenizer)
     texts = [STORY.replace(" ", "\n  "), f"{STORY} now", changed, "three", "something else here"]
     validation = load(file("val.jsonl", *({"text": t} for t in texts)), tokenizer)
     found = report(train, tokenizer, validation)

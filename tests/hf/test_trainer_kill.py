@@ -30,9 +30,7 @@ def test_a_run_killed_ten_times_ends_bit_for_bit_as_one_left_alone(tmp_path):
     history = [
         [
             {k: v for k, v in e.items() if not k.endswith(("_runtime", "_per_second"))}
-            for e in json.loads((f / "checkpoint-20" / "trainer_state.json").read_text())[
-                "log_history"
-            ]
+            for e in json.loads((f / "checkpoint-20" / "trainer_state.json").read_text())["log_history"]
         ]
         for f in (whole, killed)
     ]

@@ -30,9 +30,7 @@ def trainer(model: Any, folder: Path, lr: float | None = None, **changes: Any) -
 
 
 def test_the_bridge_imports_nothing_heavy():
-    code = (
-        "import sys, rankwise.hf as hf; print('transformers' in sys.modules, sorted(dir(hf)) != 0)"
-    )
+    code = "import sys, rankwise.hf as hf; print('transformers' in sys.modules, sorted(dir(hf)) != 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[0] == "False"
 
@@ -98,10 +96,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         {"bf16": True},
         {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
         {"activation_checkpointing": True},
-        {
-            "activation_checkpointing": True,
-            "activation_checkpointing_kwargs": {"use_reentrant": True},
-        },
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
     ],
     ids=["plain", "bf16", "accumulation", "checkpointing", "reentrant"],
 )
@@ -142,10 +137,7 @@ def test_the_active_adapters_are_trained_and_no_other(tmp_path):
     moved = [not equal(b, values(a)) for a, b in zip((first, second, third), before, strict=True)]
     assert moved == [True, False, True]
     folder = tmp_path / "checkpoint-3"
-    assert sorted(p.parent.name for p in folder.glob("*/adapter.safetensors")) == [
-        "default",
-        "third",
-    ]
+    assert sorted(p.parent.name for p in folder.glob("*/adapter.safetensors")) == ["default", "third"]
     third.recipe = third.recipe.with_(lr=1.0)
     with pytest.raises(TrainingError, match="lr="):
         trainer(model, tmp_path / "again")
@@ -212,15 +204,11 @@ def test_a_checkpoint_is_the_adapter_and_its_optimizer(tmp_path):
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert not (tmp_path / ".unfinished").exists()
     files = list((tmp_path / "checkpoint-3").iterdir())
-    assert not {"model.safetensors", "training_args.bin", "pytorch_model.bin"} & {
-        f.name for f in files
-    }
+    assert not {"model.safetensors", "training_args.bin", "pytorch_model.bin"} & {f.name for f in files}
     factors = sum(p.numel() * p.element_size() for p in adapter.parameters())
     size = sum(f.stat().st_size for f in files)
     assert size <= 1.2 * (3 * factors + 2**20)
-    assert {"adapter.safetensors", "tokenizer.json"} <= {
-        f.name for f in (tmp_path / "out").iterdir()
-    }
+    assert {"adapter.safetensors", "tokenizer.json"} <= {f.name for f in (tmp_path / "out").iterdir()}
     twin = llama()
     loaded = rw.load(twin, tmp_path / "out")
     assert equal(values(adapter), values(loaded))
@@ -232,9 +220,7 @@ def test_saving_the_whole_model_still_works_after_training_on_a_quantised_base(t
     pytest.importorskip("bitsandbytes")
     model, adapter = adapted(nf4(tmp_path / "base"))
     before = values(adapter)
-    run = trainer(
-        model, tmp_path, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1
-    )
+    run = trainer(model, tmp_path, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
     run.train()
     after = values(adapter)
     assert all(not torch.equal(before[n], after[n]) for n in before)
@@ -242,9 +228,7 @@ def test_saving_the_whole_model_still_works_after_training_on_a_quantised_base(t
     model.save_pretrained(tmp_path / "whole")
     assert "adapters" not in json.dumps(sorted(_keys(tmp_path / "whole")))
     again, other = adapted(nf4(tmp_path / "base"))
-    trainer(again, tmp_path, save_strategy="steps", save_steps=1).train(
-        str(tmp_path / "checkpoint-1")
-    )
+    trainer(again, tmp_path, save_strategy="steps", save_steps=1).train(str(tmp_path / "checkpoint-1"))
     assert equal(after, values(other))
 
 

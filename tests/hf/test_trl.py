@@ -52,10 +52,7 @@ def judged(n: int = 8) -> Any:
     from datasets import Dataset
 
     return Dataset.from_list(
-        [
-            {"prompt": r["prompt"], "completion": r["chosen"], "label": i % 2 == 0}
-            for i, r in enumerate(preferences(n))
-        ]
+        [{"prompt": r["prompt"], "completion": r["chosen"], "label": i % 2 == 0} for i, r in enumerate(preferences(n))]
     )
 
 
@@ -66,13 +63,7 @@ def sft(model: Any, folder: Path, **changes: Any) -> SFT:
 
 def dpo(model: Any, folder: Path, ref_model: Any = None, **changes: Any) -> DPO:
     args = arguments(folder, trl.DPOConfig, **{"lr_scheduler_type": "constant", **changes})
-    return DPO(
-        model,
-        args,
-        train_dataset=preferences(),
-        processing_class=tokenizer(),
-        ref_model=ref_model,
-    )
+    return DPO(model, args, train_dataset=preferences(), processing_class=tokenizer(), ref_model=ref_model)
 
 
 def losses(run: Any) -> list[float]:
@@ -106,12 +97,7 @@ def test_sft_and_dpo_train_any_base(tmp_path, make, kind):
 def alive() -> int:
     gc.collect()
     return len(
-        {
-            p.data_ptr()
-            for m in gc.get_objects()
-            if isinstance(m, transformers.LlamaForCausalLM)
-            for p in m.parameters()
-        }
+        {p.data_ptr() for m in gc.get_objects() if isinstance(m, transformers.LlamaForCausalLM) for p in m.parameters()}
     )
 
 
@@ -185,13 +171,7 @@ def test_kto(tmp_path):
 def test_grpo_with_a_reference(tmp_path):
     model, adapter = adapted(moved=True)
     args = arguments(
-        tmp_path,
-        trl.GRPOConfig,
-        **EXACT,
-        max_steps=2,
-        beta=0.1,
-        num_generations=2,
-        max_completion_length=4,
+        tmp_path, trl.GRPOConfig, **EXACT, max_steps=2, beta=0.1, num_generations=2, max_completion_length=4
     )
 
     def reward(completions: list[str], **kwargs: Any) -> list[float]:

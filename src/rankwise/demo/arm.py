@@ -1,8 +1,8 @@
 """One method of the demo, in a process of its own: choose the rate, train two seeds, measure.
 
 ``python -m rankwise.demo.arm METHOD FOLDER`` writes ``FOLDER/METHOD.json`` and, for an adapter,
-``FOLDER/METHOD/adapter.safetensors`` of its first seed. METHOD is a recipe's name, "full" (every
-parameter trained) or "scratch" (the same from random weights).
+``FOLDER/METHOD/adapter.safetensors`` of its first seed. METHOD is a recipe's name, "full" (every parameter trained) or
+"scratch" (the same from random weights).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,26 +21,22 @@ from torch import Tensor, nn
 
 import rankwise as rw
 from rankwise import embedded
-from rankwise.demo.corpus import Text, python, rows
+from rankwise.demo.corpus import Text, texts
 
 STEPS, PROBE, BATCH = 48, 12, 4
 RATES = (1.0, 3.0, 9.0)  # times the recipe's own, which is meant for longer runs
 SEEDS = (0, 1)
-EVALUATED = 40  # rows of 256 tokens
 FULL_RATE = 1e-3
-OPTIONS: dict[str, dict[str, Any]] = {"oft": {"block": 32}}
 
 
 def memory(reset: bool = False) -> float:
     """Peak resident memory of this process in MiB, since the last reset where Linux allows one."""
-    if reset:
-        with suppress(OSError):
+    with suppress(OSError, StopIteration):
+        if reset:
             Path("/proc/self/clear_refs").write_text("5")
-    try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @torch.no_grad()
@@ -50,33 +45,23 @@ def bits_per_byte(model: nn.Module, text: Text) -> float:
     model.eval()
     nats = 0.0
     for chunk in text.tokens.split(8):
-        logits = model(input_ids=chunk).logits[:, :-1].float()
-        nats += float(
-            nn.functional.cross_entropy(
-                logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum"
-            )
-        )
+        logits = model(input_ids=chunk).logits[:, :-1].float().flatten(0, 1)
+        nats += float(nn.functional.cross_entropy(logits, chunk[:, 1:].flatten(), reduction="sum"))
     return nats / math.log(2) / text.bytes
 
 
-def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, steps: int, seed: int
-) -> list[float]:
-    """Train on random rows, the rate falling linearly to a tenth; return the loss of every step."""
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, steps: int, seed: int) -> None:
+    """Train on random rows; the rate falls linearly to a tenth."""
     model.train()
     order = torch.Generator().manual_seed(seed)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
-    curve = []
     for _ in range(steps):
         batch = tokens[torch.randint(len(tokens), (BATCH,), generator=order)]
-        loss = model(input_ids=batch, labels=batch).loss
         optimizer.zero_grad()
-        loss.backward()
+        model(input_ids=batch, labels=batch).loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         schedule.step()
-        curve.append(float(loss.detach()))
-    return curve
 
 
 def build(method: str, rate: float, seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
@@ -84,23 +69,34 @@ def build(method: str, rate: float, seed: int) -> tuple[nn.Module, torch.optim.O
     torch.manual_seed(seed)
     model, _ = embedded.load()
     if method in ("full", "scratch"):
-        if method == "scratch":
-            model = type(model)(model.config)
-        return (
-            model,
-            torch.optim.AdamW(model.parameters(), FULL_RATE * rate, weight_decay=0.0),
-            None,
-        )
-    recipe = rw.recipe(method, **OPTIONS.get(method, {}))
-    adapter = rw.attach(model, recipe)
-    return model, adapter.optimizer(recipe.lr * rate), adapter
+        model = model if method == "full" else type(model)(model.config)
+        return model, torch.optim.AdamW(model.parameters(), FULL_RATE * rate, weight_decay=0.0), None
+    adapter = rw.attach(model, rw.recipe(method))
+    return model, adapter.optimizer(adapter.recipe.lr * rate), adapter
 
 
-def texts() -> tuple[dict[str, Text], Text]:
-    """Python to train, choose and test on, and held-out English."""
-    _, tokenizer = embedded.load()
-    english = (embedded.path() / "english_test.txt").read_text("utf-8")
-    return python(tokenizer, {"valid": 16, "test": EVALUATED}), rows(english, tokenizer, EVALUATED)
+def run(method: str, folder: Path) -> dict[str, Any]:
+    """Everything about one method, as plain data."""
+    text = texts()
+    tuned = {}
+    for rate in RATES:
+        model, optimizer, _ = build(method, rate, 0)
+        train(model, optimizer, text["train"].tokens, PROBE, 0)
+        tuned[rate] = bits_per_byte(model, text["valid"])
+    best = min(tuned, key=lambda r: tuned[r])
+    found: dict[str, Any] = {"method": method, "tuned": {f"{r:.3g}": v for r, v in tuned.items()}, "seeds": []}
+    for seed in SEEDS:
+        model, optimizer, adapter = build(method, best, seed)
+        found["lr"] = optimizer.param_groups[0]["lr"]
+        found["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        rest, began = memory(reset=True), time.perf_counter()
+        train(model, optimizer, text["train"].tokens, STEPS, seed)
+        result = {"seconds": time.perf_counter() - began, "memory": memory() - rest}
+        result |= {"python": bits_per_byte(model, text["test"]), "english": bits_per_byte(model, text["english"])}
+        if adapter is not None and seed == SEEDS[0]:
+            adapter.save(folder / method)
+        found["seeds"].append(result)
+    return found
 
 
 def quiet() -> None:
@@ -111,52 +107,8 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def run(method: str, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Everything about one method, as plain data."""
-    text, english = texts()
-    tuned = {}
-    for rate in RATES:
-        model, optimizer, _ = build(method, rate, 0)
-        train(model, optimizer, text["train"].tokens, PROBE, 0)
-        tuned[rate] = bits_per_byte(model, text["valid"])
-        say(f"{method}: rate x {rate:.2g}, {tuned[rate]:.3f} bits per byte after {PROBE} steps")
-    best = min(tuned, key=lambda r: tuned[r])
-
-    seeds = []
-    for seed in SEEDS:
-        model, optimizer, adapter = build(method, best, seed)
-        rest, began = memory(reset=True), time.perf_counter()
-        curve = train(model, optimizer, text["train"].tokens, STEPS, seed)
-        result = {
-            "seconds": time.perf_counter() - began,
-            "memory": memory() - rest,
-            "curve": curve,
-            "python": bits_per_byte(model, text["test"]),
-            "english": bits_per_byte(model, english),
-        }
-        say(f"{method}: seed {seed}, {result['python']:.3f} bits per byte on held-out Python")
-        if adapter is not None and seed == SEEDS[0]:
-            adapter.save(folder / method)
-        seeds.append(result)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lr = optimizer.param_groups[0]["initial_lr"]
-    return {
-        "method": method,
-        "lr": lr,
-        "trained": trained,
-        "seeds": seeds,
-        "tuned": {f"{r:.3g}": v for r, v in tuned.items()},
-    }
-
-
-def main() -> None:
-    """Run one arm."""
-    method, folder = sys.argv[1], Path(sys.argv[2])
+if __name__ == "__main__":
     torch.set_num_threads(1)
     quiet()
-    found = run(method, folder, lambda line: print(line, file=sys.stderr, flush=True))
-    (folder / f"{method}.json").write_text(json.dumps(found, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+    name, where = sys.argv[1], Path(sys.argv[2])
+    (where / f"{name}.json").write_text(json.dumps(run(name, where), indent=1))

@@ -68,8 +68,7 @@ def restore(adapters: Sequence[Adapter], folder: str | Path) -> None:
             placements, base = json.loads(header["placements"]), json.loads(header["base"])
         except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
             raise FileFormatError(
-                f"A checkpoint holds {io.FILE}; {file} cannot be read ({error}). Resume from "
-                f"another one."
+                f"A checkpoint holds {io.FILE}; {file} cannot be read ({error}). Resume from another one."
             ) from error
         live = dict(adapter.named_parameters())
         here = json.loads(json.dumps(io.encode_placements(adapter.placements)))

@@ -121,9 +121,7 @@ class AdapterMixin(_Base):
             under TRL, or arguments that contradict the recipe.
     """
 
-    def __init__(
-        self, model: Any = None, args: Any = None, *, lr: float | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, model: Any = None, args: Any = None, *, lr: float | None = None, **kwargs: Any) -> None:
         self._chosen = _check_model(model, type(self))
         self._lr = lr
         self._batch: tuple[Any, Any] | None = None
@@ -150,9 +148,7 @@ class AdapterMixin(_Base):
         if beta:
             policy = self.accelerator.unwrap_model(self.model)
             self.beta: float = beta
-            self.ref_model: Any = self.accelerator.prepare_model(
-                reference(policy, kept), evaluation_mode=True
-            )
+            self.ref_model: Any = self.accelerator.prepare_model(reference(policy, kept), evaluation_mode=True)
         if self.optimizer is None:
             self._check_arguments()
         self._journal = checkpoint.Journal(self)
@@ -199,24 +195,17 @@ class AdapterMixin(_Base):
             sites = [site for adapter in self._chosen for site in adapter.sites.values()]
             self.optimizer = self._chosen[0].recipe.solver(sites, lr)
             groups = ", ".join(
-                f"{group.get('name', i)} {group['lr']:.3g} "
-                f"({sum(p.numel() for p in group['params']):,} parameters)"
+                f"{group.get('name', i)} {group['lr']:.3g} ({sum(p.numel() for p in group['params']):,} parameters)"
                 for i, group in enumerate(self.optimizer.param_groups)
             )
             if self.is_world_process_zero():
-                print(
-                    f"rankwise: learning rate {lr:.3g} (from {chooser}): {groups}", file=sys.stderr
-                )
+                print(f"rankwise: learning rate {lr:.3g} (from {chooser}): {groups}", file=sys.stderr)
         return self.optimizer
 
     # -- the loss -----------------------------------------------------------------------------
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The trainer's loss; while training, with the recipes' penalties."""
         adapted: Any = self.model

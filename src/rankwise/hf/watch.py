@@ -148,8 +148,7 @@ class Watch(TrainerCallback):
             for placement in adapter.placements:
                 hook = self._look(placement.site.name)
                 self._hooks.setdefault(placement.site.name, []).extend(
-                    modules[path].register_forward_pre_hook(hook, with_kwargs=True)
-                    for path, _, _ in placement.carriers
+                    modules[path].register_forward_pre_hook(hook, with_kwargs=True) for path, _, _ in placement.carriers
                 )
                 if placement.site.stack:
                     self._stacked.add(placement.site.name)
@@ -173,9 +172,7 @@ class Watch(TrainerCallback):
             sizes = torch.stack([n.float() for n in whole]).tolist()
         looked = list(zip(with_gradient, sizes, strict=True))
         wrong = [item[1] for item, size in looked if not math.isfinite(size)]
-        if (
-            wrong and getattr(kwargs.get("optimizer"), "scaler", None) is None
-        ):  # a scaler skips such steps itself
+        if wrong and getattr(kwargs.get("optimizer"), "scaler", None) is None:  # a scaler skips such steps itself
             self._release()
             raise TrainingError(
                 f"The gradient became NaN or infinite at step {state.global_step + 1}, first at "
@@ -216,9 +213,7 @@ class Watch(TrainerCallback):
     def _check_factors(self, step: int) -> None:
         self._release()
         idle = [s for s in dict.fromkeys(s for s, _, _ in self._parameters) if self._idle(s)]
-        missing = [
-            name for site, name, _ in self._parameters if name in self._waiting and site not in idle
-        ]
+        missing = [name for site, name, _ in self._parameters if name in self._waiting and site not in idle]
         if missing:
             raise TrainingError(
                 f"After {self.steps} steps every trainable factor has had a gradient; "
@@ -226,25 +221,18 @@ class Watch(TrainerCallback):
                 f"(parameter.requires_grad_(False)), or leave these sites out."
             )
         experts = [
-            f"{site}[{e}]"
-            for site, routed in self._experts.items()
-            for e in (~routed).nonzero().flatten().tolist()
+            f"{site}[{e}]" for site, routed in self._experts.items() for e in (~routed).nonzero().flatten().tolist()
         ]
         self._list(idle + experts, step)
 
     def _idle(self, site: str) -> bool:
-        return site not in self.reached and all(
-            name in self._waiting for s, name, _ in self._parameters if s == site
-        )
+        return site not in self.reached and all(name in self._waiting for s, name, _ in self._parameters if s == site)
 
     def _list(self, untouched: list[str], step: int) -> None:
         self.untouched = untouched
         if untouched:
             more = f" and {len(untouched) - 8} more" if len(untouched) > 8 else ""
-            print(
-                f"rankwise: no token has reached {', '.join(untouched[:8])}{more} by step {step}",
-                file=sys.stderr,
-            )
+            print(f"rankwise: no token has reached {', '.join(untouched[:8])}{more} by step {step}", file=sys.stderr)
 
     def _release(self, sites: Iterable[str] | None = None) -> None:
         for site in list(self._hooks) if sites is None else sites:

@@ -32,11 +32,7 @@ class Init(ABC):
 
     @abstractmethod
     def __call__(
-        self,
-        site: Site,
-        structure: Structure,
-        weight: Callable[[], Tensor],
-        stats: Mapping[str, Any] | None,
+        self, site: Site, structure: Structure, weight: Callable[[], Tensor], stats: Mapping[str, Any] | None
     ) -> dict[str, Tensor]:
         """Starting values of every factor of ``structure`` at ``site``.
 
@@ -64,11 +60,7 @@ class Drawn(Init):
 
     @final
     def __call__(
-        self,
-        site: Site,
-        structure: Structure,
-        weight: Callable[[], Tensor],
-        stats: Mapping[str, Any] | None,
+        self, site: Site, structure: Structure, weight: Callable[[], Tensor], stats: Mapping[str, Any] | None
     ) -> dict[str, Tensor]:
         return {name: self._value(factor) for name, factor in structure.factors(site).items()}
 

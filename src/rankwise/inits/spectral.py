@@ -39,11 +39,7 @@ class Principal(Init):
         return frozenset()
 
     def __call__(
-        self,
-        site: Site,
-        structure: Structure,
-        weight: Callable[[], Tensor],
-        stats: Mapping[str, Any] | None,
+        self, site: Site, structure: Structure, weight: Callable[[], Tensor], stats: Mapping[str, Any] | None
     ) -> dict[str, Tensor]:
         assert isinstance(structure, Additive)
         described = structure.factors(site)

@@ -146,9 +146,7 @@ class Sum(LinearOperator):
         one, two = self.first.lower(), self.second.lower()
         if one is None or two is None:
             return None
-        return LowRank(
-            torch.cat([one.left, two.left], dim=-1), torch.cat([one.right, two.right], dim=-2)
-        )
+        return LowRank(torch.cat([one.left, two.left], dim=-1), torch.cat([one.right, two.right], dim=-2))
 
 
 @final
@@ -165,9 +163,7 @@ class Kronecker(LinearOperator):
 
     def mv(self, x: Tensor) -> Tensor:
         (m1, n1), (m2, n2) = self.left.shape, self.right.shape
-        lead = x.shape[
-            :-2
-        ]  # () or (B,): tokens are folded so that the factors' batch stays in front
+        lead = x.shape[:-2]  # () or (B,): tokens are folded so that the factors' batch stays in front
         tokens = x.shape[-2]
         y = self.right.mv(x.reshape(*lead, tokens * n1, n2)).reshape(*lead, tokens, n1, m2)
         y = self.left.mv(y.mT.reshape(*lead, tokens * m2, n1)).reshape(*lead, tokens, m2, m1)

@@ -16,9 +16,7 @@ class Triplets(NamedTuple):
     v: Tensor
 
 
-def truncated_svd(
-    w: Tensor, rank: int, *, iterations: int | None = None, seed: int = 0
-) -> Triplets:
+def truncated_svd(w: Tensor, rank: int, *, iterations: int | None = None, seed: int = 0) -> Triplets:
     """Leading singular triplets of w (m, n), at least in float32, with a fixed sign.
 
     Args:

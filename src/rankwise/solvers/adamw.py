@@ -37,11 +37,7 @@ class AdamW(Solver):
 
     def __call__(self, sites: Iterable[SiteFactors], lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
-            self.groups(sites, lr),
-            lr=lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
+            self.groups(sites, lr), lr=lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
         )
 
 
@@ -81,9 +77,5 @@ class LoRAPlus(Solver):
 
     def __call__(self, sites: Iterable[SiteFactors], lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
-            self.groups(sites, lr),
-            lr=lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
+            self.groups(sites, lr), lr=lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
         )

@@ -30,8 +30,4 @@ class Solver(ABC):
 
 def grouped(members: dict[str, list[torch.nn.Parameter]], lr: dict[str, float]) -> list[dict]:
     """Groups in the form that torch.optim takes, without the empty ones."""
-    return [
-        {"name": name, "lr": lr[name], "params": params}
-        for name, params in members.items()
-        if params
-    ]
+    return [{"name": name, "lr": lr[name], "params": params} for name, params in members.items() if params]

@@ -12,15 +12,4 @@ from rankwise.hf.data.pack import Collator, check_packing, pack
 from rankwise.hf.data.read import read
 from rankwise.hf.data.report import render, report
 
-__all__ = [
-    "Collator",
-    "Examples",
-    "check_model",
-    "check_packing",
-    "load",
-    "pack",
-    "read",
-    "render",
-    "report",
-    "split",
-]
+__all__ = ["Collator", "Examples", "check_model", "check_packing", "load", "pack", "read", "render", "report", "split"]

@@ -9,9 +9,7 @@ from rankwise.hf.data.read import Row
 Label = str | int
 
 
-def number(
-    rows: Sequence[Row], names: Sequence[Label] | None = None
-) -> tuple[tuple[Label, ...], list[int]]:
+def number(rows: Sequence[Row], names: Sequence[Label] | None = None) -> tuple[tuple[Label, ...], list[int]]:
     """Number the classes of labelled rows.
 
     Args:

@@ -115,9 +115,7 @@ def load(
         raise DataError(f"load() takes single answers; {path} has pairs: use read(path).dataset()")
     how = on_long or ("split" if table.schema == "text" else "truncate")
     if how not in _ON_LONG or max_length < 2:
-        raise DataError(
-            f"on_long is in {_ON_LONG}, max_length > 1; found {how!r}, {max_length}: mend"
-        )
+        raise DataError(f"on_long is in {_ON_LONG}, max_length > 1; found {how!r}, {max_length}: mend")
     names, classes = number(table.rows, label_names) if table.schema == "label" else ((), None)
     encoder, items = Encoder(tokenizer, template_kwargs or {}), []
     for i, row in enumerate(table.rows):

@@ -139,9 +139,7 @@ class Encoder:
                         f"of {row.where} is not: add what the template expects there (a thought?), "
                         "pass template_kwargs=, or mark {% generation %} in the template"
                     )
-            out = self.tokenizer(
-                full, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
+            out = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             # a blank that ends the prompt may come trimmed to (a, a)
             learn = [any(a <= i < b and a < j for a, b in spans) for i, j in out["offset_mapping"]]
             found.insert(0, Tokens(out["input_ids"], learn))

@@ -49,9 +49,7 @@ def pack(examples: Examples, max_length: int = 1024) -> list[dict[str, np.ndarra
         bins[index].append(item)
         insort(room, (free - len(item), index))
     names = "input_ids", "labels", "position_ids"
-    columns = [
-        [(e.input_ids, e.labels, np.arange(len(e))) for e in documents] for documents in bins
-    ]
+    columns = [[(e.input_ids, e.labels, np.arange(len(e))) for e in documents] for documents in bins]
     joined = [map(np.concatenate, zip(*documents, strict=True)) for documents in columns]
     return [dict(zip(names, row, strict=True)) for row in joined]
 
@@ -94,11 +92,7 @@ class Collator:
         if not all("position_ids" in f for f in features):
             raise DataError("packed rows have position_ids; these have none: use pack(examples)")
         # position 0 all along the padding: each of its tokens is a document of its own
-        return {
-            **batch,
-            "position_ids": padded([f["position_ids"] for f in features], 0),
-            "use_cache": False,
-        }
+        return {**batch, "position_ids": padded([f["position_ids"] for f in features], 0), "use_cache": False}
 
 
 def check_packing(model: Any) -> None:

@@ -16,9 +16,7 @@ _COMMON = 1000  # a shingle of more training rows than this is boilerplate and f
 _ALIKE = 0.8  # two rows are near duplicates from this Jaccard similarity on
 
 
-def report(
-    examples: Examples, tokenizer: Any, validation: Examples | None = None, *, first: int = 3
-) -> dict[str, Any]:
+def report(examples: Examples, tokenizer: Any, validation: Examples | None = None, *, first: int = 3) -> dict[str, Any]:
     """Describe the training data, and what of it the validation data repeats.
 
     Args:
