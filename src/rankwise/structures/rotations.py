@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from rankwise.errors import IncompatibleAxes
+from rankwise.errors import IncompatibleAxes, RankError
 from rankwise.host import Site
 from rankwise.ops import BlockDiagonal, LinearOperator
 from rankwise.ops.linalg import cayley, skew
@@ -40,7 +40,14 @@ class OFT(Rotation):
     def _block(self, site: Site) -> int:
         check_rank(self.block, site, max(self.block, 1))
         largest = min(self.block, site.cols)
-        return next(b for b in range(largest, 0, -1) if site.cols % b == 0)
+        for b in range(largest, 1, -1):
+            if site.cols % b == 0:
+                return b
+        raise RankError(
+            f"A block of a rotation divides the layer's inputs and holds at least two; none "
+            f"up to {self.block} divides the {site.cols} of {site.name}. Choose a larger block, or "
+            f"another structure there: Sites(overrides={{'{site.name}': LoRA(4)}})."
+        )
 
     def factors(self, site: Site) -> dict[str, Factor]:
         b = self._block(site)
