@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import warnings
+import shutil
+from collections import OrderedDict
 from functools import partial
-from pathlib import Path
 
 import peft
 import pytest
@@ -27,6 +26,8 @@ from peft_models import (
     save,
     with_peft,
 )
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import rankwise as rw
 
@@ -142,7 +143,7 @@ CASES = {
         lambda: L(r=4, init_lora_weights="pissa", use_dora=True, target_modules=QV),
     ),
     "olora": (llama, lambda: L(r=4, init_lora_weights="olora", target_modules=QV)),
-    "eva": (llama, lambda: L(r=4, init_lora_weights="gaussian", target_modules=QV)),
+    "gaussian": (llama, lambda: L(r=4, init_lora_weights="gaussian", target_modules=QV)),
     "adalora": (
         llama,
         lambda: peft.AdaLoraConfig(init_r=6, target_r=4, total_step=10, target_modules=QV),
@@ -236,3 +237,346 @@ def test_both_directions(case, tmp_path, capsys, record_property):
     assert here <= TOLERANCE
     with capsys.disabled():
         print(f"\n{case}: PEFT -> us {there:.1e}, us -> PEFT {here:.1e}", end=" ")
+
+
+# -- files that PEFT saved ------------------------------------------------------------------------
+
+shared = pytest.mark.skipif(not FIXTURES.is_dir(), reason="the shared fixtures are not here")
+OF_CONV, OF_EMB = (
+    {"lora_conv_dora", "loha_conv", "loha_conv_flat", "lokr_conv"},
+    {
+        "lora_emb",
+        "lora_emb_dora",
+        "lora_bias_lora_only",
+        "hira_emb",
+    },
+)
+BASES = {
+    **dict.fromkeys(OF_CONV | {"lora_conv", "oft_conv"}, Conv),
+    **dict.fromkeys(OF_EMB, Emb),
+    "lora_mha": MHA,
+    "lora_params_moe": Moe,
+    "lora_gpt2": gpt2,
+    "lora_bias": partial(llama, attention_bias=True),
+    "lora_bdlora": partial(llama, head_dim=2),
+    **dict.fromkeys(
+        ("lora_embed_lmhead_tied", "lora_embed_tied_ensure", "lora_trainable_tokens_tied"), tied
+    ),
+}
+READ = [
+    *("lora", "lora_bias", "lora_bias_lora_only", "lora_conv_dora", "lora_dora", "lora_emb"),
+    *("lora_emb_dora", "lora_embed_lmhead", "lora_embed_lmhead_tied", "lora_embed_tied_ensure"),
+    *("lora_gpt2", "lora_mha", "lora_modules_to_save", "lora_params_moe", "lora_pattern"),
+    *("lora_pissa", "lora_seqtask", "lora_trainable_tokens", "lora_trainable_tokens_tied"),
+    *("trainable_tokens", "lora_mica", "adalora", "loha", "loha_conv", "loha_conv_flat", "lokr"),
+    *("lokr_both", "lokr_conv", "lokr_full", "hira", "hira_emb", "oft", "oft_shared"),
+]
+REFUSED = {
+    "lora_conv": "groups=2",
+    "oft_conv": "overlapping patches",
+    "lora_alora": "alora_invocation_tokens",
+    "lora_bdlora": "use_bdlora",
+    "lora_kasa": "kasa_config",
+    "lora_monteclora": "monteclora_config",
+    "lora_velora": "velora_config",
+    "ia3": 'peft_type="IA3"',
+    "vera": 'peft_type="VERA"',
+    "boft": 'peft_type="BOFT"',
+}
+
+
+def drawn_again(source, target):
+    """The folder with every factor drawn at random; copies of one tensor stay copies."""
+    file = target / "adapter_model.safetensors"
+    shutil.copytree(source, target)
+    g = torch.Generator().manual_seed(5)
+    found = load_file(file)
+    for name, value in found.items():
+        if "base_layer.weight" in name:
+            continue
+        noise = torch.randn(value.shape, generator=g)
+        found[name] = value * (1 + 0.2 * noise) if "magnitude" in name else value + 0.2 * noise
+    if "tied_ensure" in source.name:
+        emb, head = (
+            "base_model.model.model.embed_tokens.lora_embedding_",
+            "base_model.model.lm_head.lora_",
+        )
+        found[f"{head}A.weight"] = found[f"{emb}B"].T.contiguous()
+        found[f"{head}B.weight"] = found[f"{emb}A"].T.contiguous()
+    save_file(found, file, {"format": "pt"})
+    return target
+
+
+@shared
+@pytest.mark.parametrize("name", READ)
+def test_every_fixture_of_these_kinds(name, tmp_path):
+    """Its weights are of another base: the embeddings that it carries along replace this one's."""
+    build = BASES.get(name, llama)
+    folder = drawn_again(FIXTURES / name, tmp_path / "theirs")
+    ours, base, theirs = made(build), made(build), load_peft(build, folder)
+    adapter = rw.formats.peft.load(ours, folder)
+    x = inputs(base)
+    assert figures(ours, theirs, base, x) <= TOLERANCE
+    rw.export(adapter, tmp_path / "back")
+    assert figures(load_peft(build, tmp_path / "back"), theirs, base, x) <= TOLERANCE
+
+
+@shared
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_fixture_whose_meaning_would_be_lost(name):
+    model = made(BASES.get(name, llama))
+    with pytest.raises(rw.errors.ConversionError, match=REFUSED[name]):
+        rw.formats.peft.load(model, FIXTURES / name)
+
+
+@shared
+@pytest.mark.parametrize("name", ["lora_mlp", "lora_conv2d", "ia3_mlp"])
+def test_files_of_an_old_peft(name):
+    folder = SHARED / "data" / "adapter_peft061_dev" / name
+    torch.manual_seed(0)
+    if name == "lora_conv2d":
+        layers = {"conv2d": nn.Conv2d(5, 10, 3), "relu": nn.ReLU(), "flat": nn.Flatten()}
+        model = nn.Sequential(OrderedDict(**layers, lin0=nn.Linear(10, 2), sm=nn.LogSoftmax(-1)))
+        x = torch.arange(90).float().reshape(2, 5, 3, 3)
+    else:
+        layers = {"lin0": nn.Linear(10, 20), "relu": nn.ReLU(), "lin1": nn.Linear(20, 2)}
+        model = nn.Sequential(OrderedDict(**layers, sm=nn.LogSoftmax(-1)))
+        x = torch.arange(90).reshape(9, 10).float()
+    if name == "ia3_mlp":
+        with pytest.raises(rw.errors.ConversionError, match="IA3"):
+            rw.formats.peft.load(model, folder)
+        return
+    rw.formats.peft.load(model.eval(), folder)
+    expected = torch.load(folder / "output.pt", "cpu", weights_only=True)
+    torch.testing.assert_close(output(model, x), expected, rtol=1e-4, atol=1e-4)
+
+
+# -- what cannot be kept --------------------------------------------------------------------------
+
+
+def edited(tmp_path, build=llama, config=None, tensors=None, **settings):
+    """A plain LoRA's folder with some settings and tensors changed."""
+    save(with_peft(build, config or L(r=4, target_modules=QV)), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    if tensors:
+        weights = tmp_path / "adapter_model.safetensors"
+        save_file({**load_file(weights), **tensors}, weights)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "corda"},
+        {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "lora_ga"},
+        {"layer_replication": [[0, 1], [0, 1]]},
+        {"use_qalora": True},
+        {"a_key_of_tomorrow": "on"},
+        {"peft_type": "PROMPT_TUNING"},
+    ],
+    ids=str,
+)
+def test_a_setting_whose_meaning_would_be_lost(settings, tmp_path):
+    folder = edited(tmp_path, **settings)
+    model = made(llama)
+    with pytest.raises(rw.errors.ConversionError, match=next(iter(settings))):
+        rw.formats.peft.load(model, folder)
+    assert rw.adapters(model) == {}
+
+
+def test_what_peft_accepts_loads_and_is_told(tmp_path, capsys):
+    folder = edited(
+        tmp_path,
+        config=L(r=4, target_modules=QV, modules_to_save=["lm_head"]),
+        modules_to_save=["lm_head", "classifier"],
+        a_key_of_tomorrow=None,
+        tensors={"base_model.model.classifier.weight": torch.randn(2, 16)},
+    )
+    rw.formats.peft.load(made(llama), folder)
+    told = capsys.readouterr().err
+    assert '"classifier" of modules_to_save' in told and "a_key_of_tomorrow" in told
+
+
+def test_tensors_outside_of_the_targets_are_dropped_as_in_peft(tmp_path, capsys):
+    folder = edited(tmp_path, target_modules=["q_proj"])
+    adapter = rw.formats.peft.load(made(llama), folder)
+    assert list(adapter) == ["model.layers.0.self_attn.q_proj"]
+    assert "outside of the target modules" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"base_model.model.model.nowhere.lora_A.weight": torch.zeros(4, 16)},
+        {"base_model.model.model.nowhere.weight": torch.zeros(4, 16)},
+        {"base_model.model.model.embed_tokens.weight": torch.zeros(50, 16)},
+    ],
+    ids=str,
+)
+def test_another_base(tensors, tmp_path):
+    with pytest.raises(rw.errors.BaseMismatch):
+        rw.formats.peft.load(made(llama), edited(tmp_path, tensors=tensors))
+
+
+def test_damaged_files(tmp_path):
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    for i, tensors in enumerate(
+        ({name: torch.zeros(5, 16)}, {name: torch.full((4, 16), torch.nan)})
+    ):
+        with pytest.raises(rw.errors.FileFormatError):
+            rw.formats.peft.load(made(llama), edited(tmp_path / str(i), tensors=tensors))
+    (tmp_path / "0" / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(rw.errors.FileFormatError, match="damaged"):
+        rw.formats.peft.load(made(llama), tmp_path / "0")
+    with pytest.raises(rw.errors.FileFormatError, match="adapter_config.json"):
+        rw.formats.peft.load(made(llama), tmp_path)
+
+
+class Hostile:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('unpickled')",))
+
+
+def test_a_pickle_is_never_run(tmp_path):
+    folder = edited(tmp_path)
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"base_model.model.x": Hostile()}, folder / "adapter_model.bin")
+    with pytest.raises(rw.errors.FileFormatError, match="never run"):
+        rw.formats.peft.load(made(llama), folder)
+
+
+def test_lora_bias_needs_a_bias_to_be_folded_into(tmp_path):
+    folder = edited(tmp_path, config=L(r=4, target_modules=QV, lora_bias=True))
+    with pytest.raises(rw.errors.ConversionError, match="lora_bias"):
+        rw.formats.peft.load(made(llama), folder)
+
+
+@pytest.mark.parametrize("changes", [{"dilation": 2}, {"padding_mode": "reflect"}, {"groups": 2}])
+def test_convolutions_that_peft_adapts_otherwise(changes, tmp_path):
+    build = lambda: nn.Sequential(OrderedDict(c=nn.Conv2d(4, 8, 3, padding=1, **changes)))  # noqa: E731
+    folder = edited(tmp_path, build, L(r=4, target_modules=["c"]))
+    with pytest.raises(rw.errors.ConversionError, match=next(iter(changes))):
+        rw.formats.peft.load(made(build), folder)
+    model = made(build)
+    adapter = rw.attach(model, rw.recipe("lora", rank=2, sites=rw.Sites(targets="c")))
+    with pytest.raises(rw.errors.ConversionError, match=next(iter(changes))):
+        rw.export(adapter, tmp_path / "back")
+
+
+def test_a_peft_model_is_refused(tmp_path):
+    with pytest.raises(rw.errors.ModelTypeError, match="unload"):
+        rw.attach(with_peft(llama, L(r=4, target_modules=QV)), rw.recipe("lora"))
+
+
+# -- what only we have ----------------------------------------------------------------------------
+
+
+def attached(recipe, build=llama):
+    """A model with an adapter off its start."""
+    model = made(build)
+    adapter = rw.attach(model, recipe)
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=g))
+    return model, adapter
+
+
+def round_trip(recipe, path, build=llama, rank=None):
+    model, adapter = attached(recipe, build)
+    report = rw.export(adapter, path, rank=rank)
+    base = made(build)
+    return report, figures(load_peft(build, path), model, base, inputs(base))
+
+
+QVS = rw.Sites(targets=("q_proj", "v_proj"))
+MIXED = rw.Sites(targets=("q_proj", "v_proj"), overrides={"v_proj": {"rank": 2, "alpha": 5.0}})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind"),
+    [
+        (rw.recipe("lora", rank=4, sites=MIXED), "LORA"),
+        (rw.recipe("rslora", rank=4, sites=QVS), "LORA"),
+        (rw.recipe("pissa", rank=4, sites=MIXED), "LORA"),
+        (rw.recipe("dora_svd", rank=4, sites=QVS), "LORA"),
+        (rw.recipe("svd", rank=4, sites=MIXED), "ADALORA"),
+        (rw.recipe("krona", sites=QVS), "LOKR"),
+        (rw.recipe("loha", rank=2, sites=MIXED), "LOHA"),
+        (rw.recipe("oft", block=8, sites=QVS), "OFT"),
+        (rw.recipe("lora", rank=4, sites=rw.Sites(targets="q_proj", train="norm")), "LORA"),
+        (rw.recipe("lora", rank=4, sites=rw.Sites(targets=(), tokens={"embed_tokens": (5, 2)})),)
+        + ("TRAINABLE_TOKENS",),
+        (
+            rw.recipe(
+                "dora",
+                rank=4,
+                sites=rw.Sites(
+                    targets=("q_proj", "v_proj"),
+                    overrides={"v_proj": rw.recipe("lora", rank=2).structure},
+                ),
+            ),
+            "LORA",
+        ),
+    ],
+    ids=lambda v: getattr(v, "name", v),
+)
+def test_ours_in_peft(recipe, kind, tmp_path):
+    report, figure = round_trip(recipe, tmp_path)
+    assert (report.method, report.exact) == (kind, True)
+    assert figure <= TOLERANCE
+
+
+def test_parts_of_a_fused_projection_become_one_lora(tmp_path):
+    sites = rw.Sites(targets="c_attn", parts={"c_attn": ("q", "v")})
+    report, figure = round_trip(rw.recipe("lora", rank=3, sites=sites), tmp_path, gpt2)
+    assert report.exact and figure <= TOLERANCE
+
+
+def test_what_peft_has_not_is_refused_or_cut_with_its_error_stated(tmp_path):
+    recipe = rw.recipe("dora_lokr", rank=2, sites=QVS)
+    model, adapter = attached(recipe)
+    with pytest.raises(rw.errors.ConversionError, match="rank="):
+        rw.export(adapter, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    full, figure = round_trip(recipe, tmp_path / "full", rank=16)
+    assert not full.exact and full.error < 1e-5 and figure <= TOLERANCE
+    low, _ = round_trip(recipe, tmp_path / "low", rank=2)
+    assert 0.01 < low.error < 1 and "relative error" in str(low)
+
+
+def test_the_settings_are_whole_and_tell_nothing_of_this_machine(tmp_path):
+    save(with_peft(llama, L(r=4, target_modules=QV)), tmp_path / "theirs")
+    _, adapter = attached(rw.recipe("lora", rank=4, sites=QVS))
+    rw.export(adapter, tmp_path / "ours")
+    ours = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    theirs = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    assert ours.keys() == theirs.keys()
+    same = {k for k in ours if ours[k] == theirs[k]}
+    assert ours.keys() - same <= {"target_modules", "task_type", "auto_mapping", "lora_alpha"}
+    assert str(tmp_path) not in json.dumps(ours)
+
+
+def test_an_unknown_tool(tmp_path):
+    _, adapter = attached(rw.recipe("lora", rank=4, sites=QVS))
+    with pytest.raises(rw.errors.UnknownName, match="peft"):
+        rw.export(adapter, tmp_path, to="elsewhere")
+
+
+def test_a_converted_adapter_trains_on(tmp_path):
+    save(with_peft(llama, L(r=4, target_modules=QV, modules_to_save=["lm_head"])), tmp_path)
+    model = made(llama)
+    adapter = rw.formats.peft.load(model, tmp_path, trainable=True)
+    output_before = output(model, inputs(model))
+    optimizer = adapter.optimizer()
+    model(inputs(model)).logits.square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(output(model, inputs(model)), output_before)
+    assert {
+        n for n, p in model.named_parameters() if p.requires_grad and "adapters" not in n
+    } == set()

@@ -13,111 +13,54 @@ from rankwise.errors import ConversionError, FileFormatError
 VERSION = "0.21.2"
 CONFIG = "adapter_config.json"
 
-_COMMON: dict[str, Any] = {
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "inference_mode": True,
-    "peft_type": None,
-    "peft_version": VERSION,
-    "revision": None,
-    "task_type": None,
-}
-_TARGETS: dict[str, Any] = {
-    "exclude_modules": None,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "modules_to_save": None,
-    "target_modules": None,
-}
-_LORA: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "alpha_pattern": {},
-    "arrow_config": None,
-    "bias": "none",
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "fan_in_fan_out": False,
-    "init_lora_weights": True,
-    "kasa_config": None,
-    "layer_replication": None,
-    "loftq_config": {},
-    "lora_alpha": 8,
-    "lora_bias": False,
-    "lora_dropout": 0.0,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "monteclora_config": None,
-    "qalora_group_size": 16,
-    "r": 8,
-    "rank_pattern": {},
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_dora": False,
-    "use_qalora": False,
-    "use_rslora": False,
-    "velora_config": None,
-}
-_LYCORIS: dict[str, Any] = {
-    "alpha": 8,
-    "alpha_pattern": {},
-    "init_weights": True,
-    "module_dropout": 0.0,
-    "r": 8,
-    "rank_dropout": 0.0,
-    "rank_pattern": {},
-    "use_effective_conv2d": False,
-}
+
+def _keys(off: str = "", /, **others: Any) -> dict[str, Any]:
+    """Keys that are null by default, and the others with theirs."""
+    return {**dict.fromkeys(off.split()), **others}
+
+
+_COMMON = _keys(
+    "auto_mapping base_model_name_or_path peft_type revision task_type target_modules",
+    inference_mode=True,
+    peft_version=VERSION,
+)
+_TARGETS = _COMMON | _keys("exclude_modules layers_pattern layers_to_transform modules_to_save")
+_LORA = _TARGETS | _keys(
+    "alora_invocation_tokens arrow_config corda_config eva_config kasa_config layer_replication "
+    "lora_ga_config megatron_config monteclora_config target_parameters trainable_token_indices "
+    "use_bdlora velora_config",
+    **{"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}},
+    **{"bias": "none", "ensure_weight_tying": False, "fan_in_fan_out": False},
+    **{"init_lora_weights": True, "loftq_config": {}, "lora_bias": False, "use_dora": False},
+    **{"megatron_core": "megatron.core", "qalora_group_size": 16, "use_qalora": False},
+    use_rslora=False,
+)
+_LYCORIS = _TARGETS | _keys(
+    **{"r": 8, "alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "init_weights": True},
+    **{"module_dropout": 0.0, "rank_dropout": 0.0, "use_effective_conv2d": False},
+)
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "LORA": _COMMON | _TARGETS | _LORA,
-    "ADALORA": _COMMON
-    | _TARGETS
-    | _LORA
-    | {
-        "beta1": 0.85,
-        "beta2": 0.85,
-        "deltaT": 1,
-        "init_r": 12,
-        "orth_reg_weight": 0.5,
-        "rank_pattern": None,
-        "target_r": 8,
-        "tfinal": 0,
-        "tinit": 0,
-        "total_step": None,
-    },
-    "LOHA": _COMMON | _TARGETS | _LYCORIS,
-    "LOKR": _COMMON
-    | _TARGETS
-    | _LYCORIS
-    | {"decompose_both": False, "decompose_factor": -1, "rank_dropout_scale": False},
-    "HIRA": _COMMON
-    | _TARGETS
-    | {
-        "fan_in_fan_out": False,
-        "hira_dropout": 0.0,
-        "init_weights": True,
-        "r": 8,
-        "rank_pattern": {},
-    },
-    "OFT": _COMMON
-    | _TARGETS
-    | {
-        "bias": "none",
-        "block_share": False,
-        "coft": False,
-        "eps": 6e-05,
-        "fan_in_fan_out": False,
-        "init_weights": True,
-        "module_dropout": 0.0,
-        "num_cayley_neumann_terms": 5,
-        "oft_block_size": 32,
-        "r": 0,
-        "use_cayley_neumann": True,
-    },
-    "TRAINABLE_TOKENS": _COMMON
-    | {"init_weights": True, "target_modules": None, "token_indices": []},
+    "LORA": _LORA,
+    "ADALORA": _LORA
+    | _keys(
+        "rank_pattern total_step",
+        **{"beta1": 0.85, "beta2": 0.85, "deltaT": 1, "init_r": 12, "target_r": 8},
+        **{"orth_reg_weight": 0.5, "tfinal": 0, "tinit": 0},
+    ),
+    "LOHA": _LYCORIS,
+    "LOKR": _LYCORIS | _keys(decompose_both=False, decompose_factor=-1, rank_dropout_scale=False),
+    "HIRA": _TARGETS
+    | _keys(
+        **{"r": 8, "rank_pattern": {}, "hira_dropout": 0.0},
+        **{"fan_in_fan_out": False, "init_weights": True},
+    ),
+    "OFT": _TARGETS
+    | _keys(
+        **{"r": 0, "oft_block_size": 32, "bias": "none", "block_share": False, "coft": False},
+        **{"eps": 6e-05, "fan_in_fan_out": False, "init_weights": True, "module_dropout": 0.0},
+        **{"num_cayley_neumann_terms": 5, "use_cayley_neumann": True},
+    ),
+    "TRAINABLE_TOKENS": _COMMON | _keys(init_weights=True, token_indices=[]),
 }
 
 # key -> why another value than the default cannot be kept
@@ -148,9 +91,7 @@ def read_config(folder: Path, left: list[str]) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
         kind = found["peft_type"]
     except FileNotFoundError as error:
-        raise FileFormatError(f"A PEFT adapter is a folder with {CONFIG}; {folder} has none.") from (
-            error
-        )
+        raise FileFormatError(f"A PEFT folder holds {CONFIG}; {folder} has none.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileFormatError(f"{file} is not a PEFT configuration ({error!r}).") from error
     if kind not in DEFAULTS:
@@ -163,8 +104,8 @@ def read_config(folder: Path, left: list[str]) -> dict[str, Any]:
     for key, value in found.items():
         if key in _LOST and value != defaults[key] and value not in (None, False):
             raise ConversionError(
-                f'The PEFT setting "{key}" cannot be kept ({_LOST[key]}); found {value!r}. Merge the '
-                f"adapter in PEFT and use the merged model."
+                f'The PEFT setting "{key}" cannot be kept ({_LOST[key]}); found {value!r}. Merge '
+                f"the adapter in PEFT and use the merged model."
             )
         if key not in defaults and key != "runtime_config":
             if value not in (None, False, 0, "", "none", [], {}):
@@ -189,9 +130,9 @@ def _check_init(init: str) -> None:
         return
     raise ConversionError(
         f'init_lora_weights="{init}" starts from a base that was edited with random numbers or '
-        f"data, and the file does not hold the edit. Save it from PEFT as plain LoRA: "
-        f"model.save_pretrained(out, path_initial_model_for_weight_conversion=INITIAL_ADAPTER); or, "
-        f'for the edited base itself, set init_lora_weights to true in {CONFIG} and load it on that.'
+        f"data, and the file does not hold the edit. Save it from PEFT as plain LoRA, "
+        f"model.save_pretrained(out, path_initial_model_for_weight_conversion=INITIAL_ADAPTER), "
+        f"or load it on the edited base itself, with init_lora_weights set to true in {CONFIG}."
     )
 
 

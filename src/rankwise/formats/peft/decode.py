@@ -34,7 +34,7 @@ Decoded = tuple[Structure, dict[str, Tensor]]
 
 
 def is_out_proj(site: Site) -> bool:
-    """Whether this is the out_proj of an ``nn.MultiheadAttention``, a module read as a parameter."""
+    """Whether this is an ``nn.MultiheadAttention``'s out_proj, which is read as a parameter."""
     return site.kind == "parameter" and site.name.endswith("out_proj") and site.stack is None
 
 
@@ -55,11 +55,6 @@ class Found:
     key: str
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
-
-    @property
-    def twice(self) -> bool:
-        """Whether PEFT adds the update two times: MultiheadAttention's out_proj (as of 0.21.2)."""
-        return is_out_proj(self.site)
 
     def rank(self, found: int) -> int:
         """The rank, as tensors and settings agree.
@@ -132,7 +127,7 @@ def _lora(f: Found) -> Decoded:
     r = f.rank(a.shape[-2])
     rule = "alpha/sqrt(r)" if config["use_rslora"] else "alpha/r"
     alpha = float(pattern(config["alpha_pattern"], f.key, config["lora_alpha"]))
-    alpha *= 2 if f.twice else 1
+    alpha *= 2 if is_out_proj(site) else 1  # PEFT (0.21.2) adds that one two times
     structure: Structure = LoRA(r, alpha, rule)
     values: dict[str, Tensor] = {}
     init = config["init"]
@@ -146,7 +141,8 @@ def _lora(f: Found) -> Decoded:
             structure = LoRA(a.shape[-2], structure.scale * a.shape[-2])
     values |= {"a": a, "b": b}
     if config["use_dora"]:
-        structure, values["magnitude"] = Magnitude(structure), f.get("magnitude_vector")[0].flatten()
+        values["magnitude"] = f.get("magnitude_vector")[0].flatten()
+        structure = Magnitude(structure)
     return structure, values
 
 
@@ -194,13 +190,12 @@ def _contracted(core: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tens
 def _loha(f: Found) -> Decoded:
     check_conv(f.module, "LoHa", shares_weight=True)
     values = {}
+    rank = f.rank(f.get("w1_b")[0].shape[0])
     for i in "12":
-        left, right = f.get(f"w{i}_a", f"w{i}_b")
-        b, a = (left, right.flatten(1))
+        b, a = f.get(f"w{i}_a", f"w{i}_b")
         if f"t{i}" in f.tensors:
-            b, a = _contracted(f.tensors[f"t{i}"], left, right)
+            b, a = _contracted(f.tensors[f"t{i}"], b, a)
         values[f"b{i}"], values[f"a{i}"] = fit(b, a)
-        rank = f.rank(a.shape[0])
     kept = values["a1"].shape[0]
     return LoHa(kept, _alpha(f) / rank * kept), values
 
@@ -210,17 +205,18 @@ def _lokr(f: Found) -> Decoded:
     t, config = f.tensors, f.config
     rank = pattern(config["rank_pattern"], f.key, config["r"])
     structure = LoKr(rank, _alpha(f), config["decompose_factor"], bool(config["decompose_both"]))
+    values: dict[str, Tensor] = {}
     if "w1" in t:
-        values = {"c": t["w1"]}
+        values["c"] = t["w1"]
     else:
-        values = dict(zip(("c_b", "c_a"), f.get("w1_a", "w1_b"), strict=True))
+        values["c_b"], values["c_a"] = f.get("w1_a", "w1_b")
     if "w2" in t:
         values["d"] = t["w2"].flatten(1)
     else:
         b, a = f.get("w2_a", "w2_b")
         if "t2" in t:
             b, a = _contracted(t["t2"], b, a)
-        values |= {"d_b": b, "d_a": a}
+        values["d_b"], values["d_a"] = b, a
     if "c" in values and "d" in values:  # the rank is then no size, it may be above all of them
         structure = LoKr(None, structure.scale, structure.factor)
     return structure, values
@@ -256,14 +252,13 @@ def _oft(f: Found) -> Decoded:
     check_conv(f.module, "OFT", shares_weight=False)
     if f.site.kernel > 1:
         raise ConversionError(
-            f"PEFT {f.config['peft_version']} rotates overlapping patches of {f.site.name} and adds "
-            f"them up, which is another map than the one that it merges, and not the base's at the "
-            f"start. Merge it in PEFT if the merged map is meant, or leave out convolutions larger "
-            f"than 1x1."
+            f"PEFT (0.21.2) rotates overlapping patches of {f.site.name} and adds them up, which "
+            f"is another map than the one that it merges, and not the base's at the start. Merge "
+            f"it in PEFT if the merged map is meant, or leave out convolutions above 1x1."
         )
     if f.site.kind not in ("linear", "conv"):
         raise ConversionError(
-            f"PEFT's OFT on an embedding rotates its outputs; ours rotates inputs, so {f.site.name} "
+            f"PEFT's OFT on an embedding rotates its outputs, ours its inputs: {f.site.name} "
             f"cannot be kept. Merge the adapter in PEFT."
         )
     q = f.get("R")[0]

@@ -105,7 +105,7 @@ def cut(structure: Structure, f: Mapping[str, Tensor], w: Tensor, rank: int) -> 
 def method(structure: Structure) -> str | None:
     """PEFT's method for a structure of its own; None where it has none."""
     kinds = {SVDForm: "ADALORA", LoHa: "LOHA", LoKr: "LOKR", HiRA: "HIRA", OFT: "OFT"}
-    return kinds.get(type(structure))  # type: ignore[call-overload]
+    return kinds.get(type(structure))
 
 
 def encode_pair(pair: Pair, site: Site, module: Any) -> dict[str, Tensor]:
@@ -145,8 +145,8 @@ def _kernels(a: Tensor, b: Tensor, module: Any) -> tuple[Tensor, Tensor]:
 def refuse(site: Site, structure: Structure, why: str) -> ConversionError:
     """The error for a site that PEFT cannot hold."""
     return ConversionError(
-        f"PEFT cannot hold {structure!r} on {site.name} ({site.kind}): {why}. Pass rank= to write a "
-        f"plain LoRA cut to that rank, its error stated, or merge (rw.merge) and save the model."
+        f"PEFT cannot hold {structure!r} on {site.name} ({site.kind}): {why}. Pass rank= to write "
+        f"a plain LoRA cut to that rank, its error stated, or rw.merge and save the model."
     )
 
 
@@ -160,11 +160,12 @@ def encode(
     """
     name = method(structure)
     plain = site.kind == "linear" and isinstance(module, nn.Linear)
+    size: tuple[int, ...] = getattr(module, "kernel_size", ())
     if name != "HIRA" and not plain and site.kind != "conv":
         raise refuse(site, structure, f"its {name} has no such layer")
     if site.kind == "conv":
         check_conv(module, str(name), shares_weight=name != "OFT")
-        if len(module.kernel_size) > 2 and name != "HIRA" or (name == "HIRA" and module.groups > 1):
+        if len(size) > 2 if name != "HIRA" else module.groups != 1:
             raise refuse(site, structure, f"its {name} has no such convolution")
     if isinstance(structure, LoHa):
         names = {"b1": "hada_w1_a", "a1": "hada_w1_b", "b2": "hada_w2_a", "a2": "hada_w2_b"}
@@ -173,7 +174,7 @@ def encode(
         names = {"c": "w1", "c_b": "w1_a", "c_a": "w1_b", "d": "w2", "d_b": "w2_a", "d_a": "w2_b"}
         found = {f"lokr_{names[k]}": v for k, v in f.items()}
         if site.kind == "conv" and "d" in f:
-            found["lokr_w2"] = f["d"].reshape(f["d"].shape[0], -1, *module.kernel_size)
+            found["lokr_w2"] = f["d"].reshape(f["d"].shape[0], -1, *size)
         return found
     if isinstance(structure, HiRA):
         a, b = f["a"], f["b"]

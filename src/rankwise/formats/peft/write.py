@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from rankwise import io
-from rankwise.adapter import LAYER, Placement
+from rankwise.adapter import Placement
 from rankwise.attach import Adapter
 from rankwise.errors import ConversionError
 from rankwise.formats.peft.config import CONFIG, DEFAULTS
+from rankwise.formats.peft.draft import Draft, put_tokens, put_whole
 from rankwise.formats.peft.encode import (
     LOWRANK,
     Pair,
@@ -30,51 +31,12 @@ from rankwise.formats.peft.encode import (
     refuse,
 )
 from rankwise.formats.report import ExportReport
-from rankwise.host import ParameterHost, kind_of
-from rankwise.structures import OFT, LoHa, LoKr, LoRA, Replace, Stack, Structure, SVDForm, TokenRows
+from rankwise.host import ParameterHost
+from rankwise.structures import OFT, LoHa, LoKr, Replace, Stack, SVDForm, TokenRows
 from rankwise.structures.wrappers import row_norm, under
-from rankwise.targets import base_modules
 
 WEIGHTS = "adapter_model.safetensors"
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
-
-
-class _Draft:
-    """The file as it grows."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        self.modules: dict[str, Any] = base_modules(adapter.model)
-        self.tensors: dict[str, Tensor] = {}
-        self.settings: dict[str, Any] = {}
-        self.targets: list[str] = []
-        self.parameters: list[str] = []
-        self.notes: list[str] = []
-        self.errors: dict[str, float] = {}
-
-    def factors(self, p: Placement) -> dict[str, Tensor]:
-        return {k: io.whole(v) for k, v in self.adapter[p.site.name].items()}
-
-    def weight(self, p: Placement) -> Tensor:
-        path, slot, _ = p.carriers[0]
-        kind = kind_of(self.modules[path]) if slot == LAYER else None
-        host = kind(self.modules[path]) if kind else ParameterHost(self.modules[path], slot)
-        return io.whole(host.weight())
-
-    def add(self, path: str, tensors: Mapping[str, Tensor]) -> None:
-        dot = f"{path}." if path else ""
-        self.tensors |= {f"base_model.model.{dot}{k}": v for k, v in tensors.items()}
-
-    def spread(self, key: str, values: Mapping[str, float], pattern: str | None = None) -> None:
-        """A setting of every site: the commonest value, and patterns for the others."""
-        common = Counter(values.values()).most_common(1)[0][0] if values else None
-        if common is not None:
-            self.settings[key] = common
-        odd = {f"^{re.escape(k)}": v for k, v in values.items() if v != common}
-        if odd and pattern is None:
-            raise ConversionError(f"PEFT has one {key} for all sites; found {sorted(values.items())}.")
-        if pattern is not None:
-            self.settings[pattern] = odd
 
 
 def _tidy(alpha: float) -> float:
@@ -86,35 +48,36 @@ def _tidy(alpha: float) -> float:
 # -- low rank ---------------------------------------------------------------------------------
 
 
-def _lora(d: _Draft, placements: Iterable[Placement], rank: int | None) -> None:
+def _lora(d: Draft, placements: Iterable[Placement], rank: int | None) -> None:
     pairs: dict[str, Pair] = {}
     at: dict[str, Placement] = {}
+    bases: dict[str, Any] = {}
     rules = set()
     for p in placements:
-        f, structure = d.factors(p), p.structure
+        f, structure, path = d.factors(p), p.structure, p.carriers[0][0]
+        pair, base = pair_of(structure, f, p.site), None
         if isinstance(structure, Stack) and isinstance(structure.first, Replace):
-            value = f["first_value"]
-            stored = isinstance(d.modules[p.carriers[0][0]], nn.Linear)
-            d.add(p.carriers[0][0], {"base_layer.weight": value if stored else value.mT})
-            structure, f = structure.second, under("second", f)
-        pair = pair_of(structure, f, p.site)
+            base, structure = f["first_value"], structure.second
+            pair = pair_of(structure, under("second", f), p.site)
+            stored = isinstance(d.modules[path], nn.Linear)
+            if pair is not None:
+                d.add(path, {"base_layer.weight": base if stored else base.mT})
         if pair is None:
             if rank is None:
                 raise refuse(p.site, p.structure, "it has no such method")
-            pair, error = cut(p.structure, d.factors(p), d.weight(p), rank)
-            d.errors[p.site.name] = error
-        pairs[p.site.name], at[p.site.name] = pair, p
+            pair, d.errors[p.site.name] = cut(p.structure, f, d.weight(p), rank)
+        pairs[p.site.name], at[p.site.name], bases[p.site.name] = pair, p, base
         rules.add(getattr(_leaf(structure), "scale_rule", "alpha/r"))
     dora = any(pair.magnitude is not None for pair in pairs.values())
-    for name, pair in pairs.items():
-        p = at[name]
-        if dora and (p.site.kind == "parameter" or len(p.carriers) > 1):
+    for name, pair in pairs.items() if dora else ():
+        p, path = at[name], at[name].carriers[0][0]
+        if p.site.kind == "parameter" or len(p.carriers) > 1:
             raise refuse(p.site, p.structure, "its DoRA takes no bare parameters and no tied heads")
-        if dora and pair.magnitude is None:  # a magnitude that changes nothing
-            w = d.weight(p)
+        if pair.magnitude is None:  # a magnitude that changes nothing
+            w = d.weight(p) if bases[name] is None else bases[name]
             m = row_norm(w + pair.scale * (pair.b @ pair.a))
             pairs[name] = Pair(pair.a, pair.b, pair.scale, m)
-        if dora and getattr(d.modules[p.carriers[0][0]], "padding_idx", None) is not None:
+        if getattr(d.modules[path], "padding_idx", None) is not None:
             d.notes.append(f"{name}: PEFT moves the padding row, which here stays the base's")
     root = rules == {"alpha/sqrt(r)"}
     ranks: dict[str, float] = {}
@@ -168,7 +131,7 @@ def _leaf(structure: Any) -> Any:
 
 
 def _attention(
-    d: _Draft, owner: str, pairs: Mapping[str, Pair], at: Mapping[str, Placement], note: Any
+    d: Draft, owner: str, pairs: Mapping[str, Pair], at: Mapping[str, Placement], note: Any
 ) -> None:
     """Both projections of an ``nn.MultiheadAttention``, which PEFT adapts together."""
     names = (f"{owner}.in_proj_weight", f"{owner}.out_proj")
@@ -192,7 +155,7 @@ def _attention(
     note(owner, Pair(torch.zeros(rank, width), torch.zeros(width, rank), scale))
 
 
-def _adalora(d: _Draft, placements: list[Placement]) -> None:
+def _adalora(d: Draft, placements: list[Placement]) -> None:
     rank = max(p.structure.rank for p in placements)  # type: ignore[attr-defined]
     d.settings |= {"init_r": rank, "target_r": rank, "lora_alpha": rank, "total_step": 1}
     unit = rank / (rank + 1e-5)  # PEFT's scale under these settings
@@ -209,7 +172,7 @@ def _adalora(d: _Draft, placements: list[Placement]) -> None:
 # -- the others -------------------------------------------------------------------------------
 
 
-def _other(d: _Draft, placements: list[Placement], kind: str) -> None:
+def _other(d: Draft, placements: list[Placement], kind: str) -> None:
     ranks, alphas = {}, {}
     for p in placements:
         path, structure = p.carriers[0][0], p.structure
@@ -243,7 +206,7 @@ def _adjusted(size: int, cols: int) -> int:
     return min(divisors, key=lambda b: (abs(b - size), b))
 
 
-def _blocks(d: _Draft, placements: list[Placement]) -> None:
+def _blocks(d: Draft, placements: list[Placement]) -> None:
     terms = set()
     blocks: dict[str, int] = {}
     for p in placements:
@@ -270,74 +233,6 @@ def _blocks(d: _Draft, placements: list[Placement]) -> None:
             f"to write a plain LoRA cut to that rank, its error stated."
         )
     d.settings |= {"oft_block_size": 0, "r": counts.pop()}
-
-
-# -- tokens, whole tensors --------------------------------------------------------------------
-
-
-def _tokens(d: _Draft, placements: list[Placement], kind: str | None) -> str:
-    ids = {p.carriers[0][0]: list(p.structure.index) for p in placements}  # type: ignore
-    if d.adapter.recipe.sites.tied == "untie":
-        raise ConversionError(
-            "PEFT's token rows always reach a tied head; these were trained on an untied one. "
-            "Merge (rw.merge) and save the model."
-        )
-    alone = kind is None and len(set(map(tuple, ids.values()))) == 1
-    if kind not in (None, LOWRANK) or (kind is None and not alone):
-        raise ConversionError(
-            f"PEFT trains token rows alone, the same on every embedding, or beside LoRA; found "
-            f"them beside {kind}. Merge (rw.merge) and save the model."
-        )
-    infix = "" if alone else "token_adapter."
-    for p in placements:
-        d.add(p.carriers[0][0], {f"{infix}trainable_tokens_delta": d.factors(p)["rows"]})
-    if alone:
-        d.targets += ids
-        d.settings["token_indices"] = next(iter(ids.values()))
-        return "TRAINABLE_TOKENS"
-    d.settings["trainable_token_indices"] = ids
-    return LOWRANK
-
-
-def _stored(d: _Draft, path: str) -> dict[str, Tensor]:
-    """The base's state of a module, adapters left out."""
-    found: dict[str, Tensor] = {}
-    for name, module in d.modules.items():
-        if name == path or name.startswith(f"{path}."):
-            inner = name[len(path) + 1 :]
-            dot = f"{inner}." if inner else ""
-            tensors = {**module._parameters, **module._buffers}
-            kept = {k: v for k, v in tensors.items() if v is not None}
-            skip = module._non_persistent_buffers_set
-            found |= {f"{dot}{k}": io.whole(v) for k, v in kept.items() if k not in skip}
-    return found
-
-
-def _replaced(d: _Draft, placements: list[Placement], kind: str) -> None:
-    saved: list[str] = []
-    for p in sorted(placements, key=lambda p: p.site.name.count(".")):
-        path, slot, _ = p.carriers[0]
-        value = d.factors(p)["value"].reshape(p.site.shape) if p.site.stack is None else None
-        value = d.factors(p)["value"] if value is None else value
-        if ParameterHost(d.modules[path], slot).transposed:
-            value = value.mT
-        if path in d.targets and slot == "bias" and kind in ("LORA", "ADALORA", "OFT"):
-            d.settings["bias"] = "oft_only" if kind == "OFT" else "lora_only"
-            d.add(path, {"base_layer.bias": value})
-            continue
-        around = next((s for s in saved if path == s or path.startswith(f"{s}.")), None)
-        if around is None:
-            if path == "" or any(t == path or t.startswith(f"{path}.") for t in d.targets):
-                raise ConversionError(
-                    f"PEFT saves {path or 'the model'} whole or adapts what is in it, not both; "
-                    f"found {p.site.name} replaced. Merge (rw.merge) and save the model."
-                )
-            saved.append(path)
-            d.add(path, _stored(d, path))
-            around = path
-        d.add(path, {slot: value})
-    if saved:
-        d.settings["modules_to_save"] = saved
 
 
 # -- the files --------------------------------------------------------------------------------
@@ -373,7 +268,7 @@ def write(adapter: Adapter, path: str | Path, rank: int | None = None) -> Export
         ConversionError: a structure or a site that PEFT cannot hold, and no rank was given.
         SaveError: the disk is full or not writable.
     """
-    d = _Draft(adapter)
+    d = Draft(adapter)
     whole = [p for p in adapter.placements if isinstance(p.structure, Replace)]
     tokens = [p for p in adapter.placements if isinstance(p.structure, TokenRows)]
     rest = [p for p in adapter.placements if p not in whole and p not in tokens]
@@ -386,20 +281,24 @@ def write(adapter: Adapter, path: str | Path, rank: int | None = None) -> Export
         elif kind is not None:
             _other(d, rest, kind)
         if tokens:
-            kind = _tokens(d, tokens, kind)
+            kind = put_tokens(d, tokens, kind)
         kind = kind or LOWRANK
-        _replaced(d, whole, kind)
+        put_whole(d, whole, kind)
     _dropout(d, kind)
     config = _settings(d, kind)
     folder = Path(path)
     flat = {k: v.contiguous().clone() for k, v in d.tensors.items()}
     io.atomically(folder / WEIGHTS, lambda file: save_file(flat, file, {"format": "pt"}))
     text = json.dumps(config, indent=2, sort_keys=True)
-    io.atomically(folder / CONFIG, lambda file: file.write_text(text, encoding="utf-8") and None)
+
+    def settings(file: Path) -> None:
+        file.write_text(text, encoding="utf-8")
+
+    io.atomically(folder / CONFIG, settings)
     return ExportReport(folder, kind, len(adapter), d.errors, tuple(d.notes))
 
 
-def _dropout(d: _Draft, kind: str) -> None:
+def _dropout(d: Draft, kind: str) -> None:
     p = d.adapter.recipe.dropout
     key = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout"}.get(kind)
     if p and key and not d.parameters:
@@ -408,7 +307,7 @@ def _dropout(d: _Draft, kind: str) -> None:
         d.notes.append(f"dropout={p} of training, which PEFT has not for these sites")
 
 
-def _settings(d: _Draft, kind: str) -> dict[str, Any]:
+def _settings(d: Draft, kind: str) -> dict[str, Any]:
     cls = type(d.adapter.model)
     cls = getattr(cls, "grafted_base", cls)
     causal = _CAUSAL.search(cls.__name__) is not None
