@@ -295,7 +295,7 @@ def _structure_at(model: nn.Module, c: Candidate, base: Structure, sites: Sites)
     return structure
 
 
-def _whole(model: nn.Module, sites: Sites) -> Iterator[Placement]:
+def _whole(model: nn.Module, sites: Sites) -> Iterator[tuple[Target, Placement]]:
     modules = base_modules(model)
     for target in sites.train:
         hits = 0
@@ -316,7 +316,7 @@ def _whole(model: nn.Module, sites: Sites) -> Iterator[Placement]:
                     )
                 hits += 1
                 site = ParameterHost(module, name).site(full)
-                yield Placement(site, Replace(), ((path, name, False),))
+                yield target, Placement(site, Replace(), ((path, name, False),))
         if not hits and not target.optional:
             names = [n for n in modules if n]
             raise TargetError(
@@ -378,7 +378,7 @@ def resolve(model: nn.Module, structure: Structure, sites: Sites) -> tuple[Place
     order = {c.site.name: i for i, c in enumerate(found)}
     result = sorted(placements.values(), key=lambda p: order[p.site.name])
     taken = {path for p in result for path, slot, _ in p.carriers if slot == LAYER}
-    for placement in {p.site.name: p for p in _whole(model, sites)}.values():
+    for placement in {p.site.name: p for _, p in _whole(model, sites)}.values():
         path, name, _ = placement.carriers[0]
         if path in taken and name == "weight":
             raise TargetError(
@@ -421,11 +421,16 @@ class TargetReport:
     def __str__(self) -> str:
         width = max(len(r.pattern) for r in self.rows)
         lines = [
-            f"{r.pattern:<{width}}  {r.count:>5} sites  {r.parameters:>12,} parameters  "
-            f"{', '.join(r.examples)}{' ...' if r.count > len(r.examples) else ''}"
+            f"{r.pattern:<{width}}  {_sites(r.count):>10}  {r.parameters:>13,} parameters  "
+            f"{', '.join(r.examples)}{' ...' if r.count > len(r.examples) else ''}".rstrip()
             for r in self.rows
         ]
-        return "\n".join([*lines, f"{self.sites} sites, {self.parameters:,} trainable parameters"])
+        total = f"{_sites(self.sites)}, {self.parameters:,} trainable parameters"
+        return "\n".join([*lines, total])
+
+
+def _sites(count: int) -> str:
+    return f"{count} site" if count == 1 else f"{count} sites"
 
 
 def trainable_count(placement: Placement) -> int:
@@ -443,17 +448,20 @@ def report(model: nn.Module, structure: Structure, sites: Sites) -> TargetReport
     """The dry run of a recipe on a model; raises as ``attach`` would."""
     placements = resolve(model, structure, sites)
     by_name = {c.site.name: c for c in candidates(model)}
-    labels = [*sites.targets, *sites.train, *(t for t, _ in sites.tokens)]
-    rows, counted = [], {p.site.name: trainable_count(p) for p in placements}
-    left = dict(counted)
-    for target in labels:
-        hits = [
-            n
-            for n in left
-            if (n in by_name and by_name[n].hit(target))
-            or target.accepts(n, (), ())
-            or target.accepts(n.rsplit(".", 1)[0], (), ())
-        ]
-        size = sum(left.pop(n) for n in hits)
-        rows.append(TargetRow(str(target), len(hits), tuple(hits[:3]), size))
+    counted = {p.site.name: trainable_count(p) for p in placements}
+    whole: dict[str, Target] = {}
+    for target, placement in _whole(model, sites):
+        whole.setdefault(placement.site.name, target)
+
+    def hits(target: Target) -> list[str]:
+        return [n for n in counted if n in by_name and n not in whole and by_name[n].hit(target)]
+
+    patterns = [(str(t), hits(t)) for t in sites.targets]
+    patterns += [(f"train {t}", [n for n, by in whole.items() if by == t]) for t in sites.train]
+    patterns += [(f"tokens {t}", hits(t)) for t, _ in sites.tokens]
+    rows, left = [], set(counted)  # a site counts where it is met first
+    for label, found in patterns:
+        here = [n for n in found if n in left]
+        left -= set(here)
+        rows.append(TargetRow(label, len(here), tuple(here[:3]), sum(counted[n] for n in here)))
     return TargetReport(tuple(rows), len(placements), sum(counted.values()))
