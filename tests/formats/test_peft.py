@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import OrderedDict
 from functools import partial
@@ -63,25 +64,15 @@ CASES = {
     "regex": (llama, lambda: L(r=4, target_modules=r".*\.(q|k)_proj")),
     "dora": (llama, lambda: L(r=4, use_dora=True, use_rslora=True, target_modules=QV)),
     "gpt2": (gpt2, lambda: L(r=4, fan_in_fan_out=True, target_modules=["c_attn"])),
-    "gpt2 dora": (
-        gpt2,
-        lambda: L(r=4, fan_in_fan_out=True, target_modules=["c_attn"], use_dora=True),
-    ),
+    "gpt2 dora": (gpt2, lambda: L(r=4, fan_in_fan_out=True, target_modules=["c_attn"], use_dora=True)),
     "embedding": (Emb, lambda: L(r=4, target_modules=["lin", "emb"])),
     "embedding dora": (Emb, lambda: L(r=4, target_modules=["lin", "emb"], use_dora=True)),
     "convolution": (Conv, lambda: L(r=4, target_modules=["c1", "c2", "c2p", "c3"])),
-    "convolution dora": (
-        Conv,
-        lambda: L(r=4, target_modules=["c1", "c2", "c2p", "c3"], use_dora=True),
-    ),
+    "convolution dora": (Conv, lambda: L(r=4, target_modules=["c1", "c2", "c2p", "c3"], use_dora=True)),
     "attention": (MHA, lambda: L(r=4, target_modules=["lin", "mha"])),
     "experts": (
         Moe,
-        lambda: L(
-            r=3,
-            target_modules=["router"],
-            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
-        ),
+        lambda: L(r=3, target_modules=["router"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
     ),
     "experts transposed": (
         partial(Moe, True),
@@ -92,111 +83,56 @@ CASES = {
             rank_pattern={"experts.gate_up_proj": 2},
         ),
     ),
-    "one expert stack": (
-        Moe,
-        lambda: L(r=3, target_modules=[], target_parameters=["experts.down_proj"]),
-    ),
+    "one expert stack": (Moe, lambda: L(r=3, target_modules=[], target_parameters=["experts.down_proj"])),
     "bias all": (Emb, lambda: L(r=4, target_modules=["lin"], bias="all")),
     "bias lora_only": (Emb, lambda: L(r=4, target_modules=["lin"], bias="lora_only")),
-    "lora_bias": (
-        partial(llama, attention_bias=True),
-        lambda: L(r=4, target_modules=QV, lora_bias=True, lora_alpha=3),
-    ),
+    "lora_bias": (partial(llama, attention_bias=True), lambda: L(r=4, target_modules=QV, lora_bias=True, lora_alpha=3)),
     "modules_to_save": (llama, lambda: L(r=4, target_modules=QV, modules_to_save=["lm_head"])),
     "modules_to_save tied": (
         tied,
-        lambda: L(
-            r=4, target_modules=QV, modules_to_save=["embed_tokens"], ensure_weight_tying=True
-        ),
+        lambda: L(r=4, target_modules=QV, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
     ),
     "embeddings": (llama, lambda: L(r=4, target_modules=["q_proj", "embed_tokens", "lm_head"])),
     "embeddings tied": (tied, lambda: L(r=4, target_modules=["q_proj", "embed_tokens", "lm_head"])),
-    "embeddings kept tied": (
-        tied,
-        lambda: L(r=4, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
-    ),
-    "tokens beside lora": (
-        llama,
-        lambda: L(r=4, target_modules=QV, trainable_token_indices=[3, 1]),
-    ),
+    "embeddings kept tied": (tied, lambda: L(r=4, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)),
+    "tokens beside lora": (llama, lambda: L(r=4, target_modules=QV, trainable_token_indices=[3, 1])),
     "tokens beside lora, tied": (
         tied,
         lambda: L(r=4, target_modules=QV, trainable_token_indices={"embed_tokens": [1, 3]}),
     ),
-    "tokens": (
-        llama,
-        lambda: peft.TrainableTokensConfig(
-            token_indices=[9, 1, 3], target_modules=["embed_tokens"]
-        ),
-    ),
-    "tokens, tied": (
-        tied,
-        lambda: peft.TrainableTokensConfig(token_indices=[1, 3], target_modules=["embed_tokens"]),
-    ),
+    "tokens": (llama, lambda: peft.TrainableTokensConfig(token_indices=[9, 1, 3], target_modules=["embed_tokens"])),
+    "tokens, tied": (tied, lambda: peft.TrainableTokensConfig(token_indices=[1, 3], target_modules=["embed_tokens"])),
     "pissa": (llama, lambda: L(r=4, lora_alpha=6, init_lora_weights="pissa", target_modules=QV)),
-    "pissa gpt2": (
-        gpt2,
-        lambda: L(r=4, fan_in_fan_out=True, init_lora_weights="pissa", target_modules=["c_attn"]),
-    ),
-    "pissa dora": (
-        llama,
-        lambda: L(r=4, init_lora_weights="pissa", use_dora=True, target_modules=QV),
-    ),
+    "pissa gpt2": (gpt2, lambda: L(r=4, fan_in_fan_out=True, init_lora_weights="pissa", target_modules=["c_attn"])),
+    "pissa dora": (llama, lambda: L(r=4, init_lora_weights="pissa", use_dora=True, target_modules=QV)),
     "olora": (llama, lambda: L(r=4, init_lora_weights="olora", target_modules=QV)),
     "gaussian": (llama, lambda: L(r=4, init_lora_weights="gaussian", target_modules=QV)),
-    "adalora": (
-        llama,
-        lambda: peft.AdaLoraConfig(init_r=6, target_r=4, total_step=10, target_modules=QV),
-    ),
+    "adalora": (llama, lambda: peft.AdaLoraConfig(init_r=6, target_r=4, total_step=10, target_modules=QV)),
     "adalora convolution": (
         Conv,
         lambda: peft.AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=["c2"]),
     ),
     "loha": (llama, lambda: peft.LoHaConfig(r=4, alpha=3, target_modules=QV)),
-    "loha tucker": (
-        Conv,
-        lambda: peft.LoHaConfig(r=4, target_modules=["c1", "c2", "c2p"], use_effective_conv2d=True),
-    ),
+    "loha tucker": (Conv, lambda: peft.LoHaConfig(r=4, target_modules=["c1", "c2", "c2p"], use_effective_conv2d=True)),
     "loha convolution": (Conv, lambda: peft.LoHaConfig(r=4, target_modules=["c1", "c2", "c2g"])),
     "lokr": (llama, lambda: peft.LoKrConfig(r=2, alpha=3, target_modules=QV)),
-    "lokr low rank": (
-        llama,
-        lambda: peft.LoKrConfig(r=1, decompose_factor=2, target_modules=["q_proj", "up_proj"]),
-    ),
-    "lokr both": (
-        llama,
-        lambda: peft.LoKrConfig(r=1, decompose_both=True, decompose_factor=4, target_modules=QV),
-    ),
+    "lokr low rank": (llama, lambda: peft.LoKrConfig(r=1, decompose_factor=2, target_modules=["q_proj", "up_proj"])),
+    "lokr both": (llama, lambda: peft.LoKrConfig(r=1, decompose_both=True, decompose_factor=4, target_modules=QV)),
     "lokr full": (llama, lambda: peft.LoKrConfig(r=64, target_modules=QV)),
-    "lokr tucker": (
-        Conv,
-        lambda: peft.LoKrConfig(r=1, target_modules=["c1", "c2", "c2p"], use_effective_conv2d=True),
-    ),
+    "lokr tucker": (Conv, lambda: peft.LoKrConfig(r=1, target_modules=["c1", "c2", "c2p"], use_effective_conv2d=True)),
     "lokr convolution": (Conv, lambda: peft.LoKrConfig(r=1, target_modules=["c1", "c2", "c2g"])),
     "hira": (llama, lambda: peft.HiraConfig(r=4, target_modules=QV)),
     "hira embedding": (Emb, lambda: peft.HiraConfig(r=4, target_modules=["lin", "emb"])),
     "hira convolution": (Conv, lambda: peft.HiraConfig(r=4, target_modules=["c1", "c2"])),
-    "hira gpt2": (
-        gpt2,
-        lambda: peft.HiraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True),
-    ),
+    "hira gpt2": (gpt2, lambda: peft.HiraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)),
     "oft": (llama, lambda: peft.OFTConfig(oft_block_size=4, target_modules=QV)),
-    "oft exact": (
-        llama,
-        lambda: peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=QV),
-    ),
+    "oft exact": (llama, lambda: peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=QV)),
     "oft by number of blocks": (
         llama,
         lambda: peft.OFTConfig(r=2, oft_block_size=0, target_modules=["q_proj", "down_proj"]),
     ),
-    "oft shared": (
-        llama,
-        lambda: peft.OFTConfig(oft_block_size=4, block_share=True, target_modules=QV),
-    ),
-    "oft 3 terms": (
-        llama,
-        lambda: peft.OFTConfig(oft_block_size=4, num_cayley_neumann_terms=3, target_modules=QV),
-    ),
+    "oft shared": (llama, lambda: peft.OFTConfig(oft_block_size=4, block_share=True, target_modules=QV)),
+    "oft 3 terms": (llama, lambda: peft.OFTConfig(oft_block_size=4, num_cayley_neumann_terms=3, target_modules=QV)),
     "oft 1x1": (Conv, lambda: peft.OFTConfig(oft_block_size=2, target_modules=["c2p"])),
 }
 SMALL = {"oft": 0.1}  # the Neumann series is a rotation for small generators only
@@ -244,12 +180,7 @@ def test_both_directions(case, tmp_path, capsys, record_property):
 shared = pytest.mark.skipif(not FIXTURES.is_dir(), reason="the shared fixtures are not here")
 OF_CONV, OF_EMB = (
     {"lora_conv_dora", "loha_conv", "loha_conv_flat", "lokr_conv"},
-    {
-        "lora_emb",
-        "lora_emb_dora",
-        "lora_bias_lora_only",
-        "hira_emb",
-    },
+    {"lora_emb", "lora_emb_dora", "lora_bias_lora_only", "hira_emb"},
 )
 BASES = {
     **dict.fromkeys(OF_CONV | {"lora_conv", "oft_conv"}, Conv),
@@ -259,9 +190,7 @@ BASES = {
     "lora_gpt2": gpt2,
     "lora_bias": partial(llama, attention_bias=True),
     "lora_bdlora": partial(llama, head_dim=2),
-    **dict.fromkeys(
-        ("lora_embed_lmhead_tied", "lora_embed_tied_ensure", "lora_trainable_tokens_tied"), tied
-    ),
+    **dict.fromkeys(("lora_embed_lmhead_tied", "lora_embed_tied_ensure", "lora_trainable_tokens_tied"), tied),
 }
 READ = [
     *("lora", "lora_bias", "lora_bias_lora_only", "lora_conv_dora", "lora_dora", "lora_emb"),
@@ -297,10 +226,7 @@ def drawn_again(source, target):
         noise = torch.randn(value.shape, generator=g)
         found[name] = value * (1 + 0.2 * noise) if "magnitude" in name else value + 0.2 * noise
     if "tied_ensure" in source.name:
-        emb, head = (
-            "base_model.model.model.embed_tokens.lora_embedding_",
-            "base_model.model.lm_head.lora_",
-        )
+        emb, head = ("base_model.model.model.embed_tokens.lora_embedding_", "base_model.model.lm_head.lora_")
         found[f"{head}A.weight"] = found[f"{emb}B"].T.contiguous()
         found[f"{head}B.weight"] = found[f"{emb}A"].T.contiguous()
     save_file(found, file, {"format": "pt"})
@@ -414,7 +340,7 @@ def test_tensors_outside_of_the_targets_are_dropped_as_in_peft(tmp_path, capsys)
         {"base_model.model.model.nowhere.weight": torch.zeros(4, 16)},
         {"base_model.model.model.embed_tokens.weight": torch.zeros(50, 16)},
     ],
-    ids=str,
+    ids=["no such site", "no such tensor", "another size"],
 )
 def test_another_base(tensors, tmp_path):
     with pytest.raises(rw.errors.BaseMismatch):
@@ -423,9 +349,7 @@ def test_another_base(tensors, tmp_path):
 
 def test_damaged_files(tmp_path):
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    for i, tensors in enumerate(
-        ({name: torch.zeros(5, 16)}, {name: torch.full((4, 16), torch.nan)})
-    ):
+    for i, tensors in enumerate(({name: torch.zeros(5, 16)}, {name: torch.full((4, 16), torch.nan)})):
         with pytest.raises(rw.errors.FileFormatError):
             rw.formats.peft.load(made(llama), edited(tmp_path / str(i), tensors=tensors))
     (tmp_path / "0" / "adapter_model.safetensors").write_bytes(b"nothing")
@@ -516,10 +440,7 @@ MIXED = rw.Sites(targets=("q_proj", "v_proj"), overrides={"v_proj": {"rank": 2, 
             rw.recipe(
                 "dora",
                 rank=4,
-                sites=rw.Sites(
-                    targets=("q_proj", "v_proj"),
-                    overrides={"v_proj": rw.recipe("lora", rank=2).structure},
-                ),
+                sites=rw.Sites(targets=("q_proj", "v_proj"), overrides={"v_proj": rw.recipe("lora", rank=2).structure}),
             ),
             "LORA",
         ),
@@ -577,6 +498,4 @@ def test_a_converted_adapter_trains_on(tmp_path):
     model(inputs(model)).logits.square().mean().backward()
     optimizer.step()
     assert not torch.equal(output(model, inputs(model)), output_before)
-    assert {
-        n for n, p in model.named_parameters() if p.requires_grad and "adapters" not in n
-    } == set()
+    assert {n for n, p in model.named_parameters() if p.requires_grad and "adapters" not in n} == set()

@@ -14,9 +14,7 @@ __all__ = ["ExportReport", "export", "peft"]
 _WRITERS = {"peft": peft.write}
 
 
-def export(
-    adapter: Adapter, path: str | Path, to: str = "peft", rank: int | None = None
-) -> ExportReport:
+def export(adapter: Adapter, path: str | Path, to: str = "peft", rank: int | None = None) -> ExportReport:
     """Write an adapter in another tool's format.
 
     Exact wherever that tool has the method. Otherwise it raises, or, where ``rank`` is given, each

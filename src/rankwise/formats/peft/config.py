@@ -50,10 +50,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "LOHA": _LYCORIS,
     "LOKR": _LYCORIS | _keys(decompose_both=False, decompose_factor=-1, rank_dropout_scale=False),
     "HIRA": _TARGETS
-    | _keys(
-        **{"r": 8, "rank_pattern": {}, "hira_dropout": 0.0},
-        **{"fan_in_fan_out": False, "init_weights": True},
-    ),
+    | _keys(**{"r": 8, "rank_pattern": {}, "hira_dropout": 0.0}, **{"fan_in_fan_out": False, "init_weights": True}),
     "OFT": _TARGETS
     | _keys(
         **{"r": 0, "oft_block_size": 32, "bias": "none", "block_share": False, "coft": False},
@@ -151,9 +148,7 @@ def _ends(names: Iterable[str], name: str) -> bool:
 def targeted(config: Mapping[str, Any], name: str) -> bool:
     """Whether PEFT would adapt the module of this name: it drops the tensors of others."""
     excluded, wanted = config.get("exclude_modules"), config["target_modules"]
-    if excluded and (
-        re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends(excluded, name)
-    ):
+    if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends(excluded, name)):
         return False
     if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.get("modules_to_save") or ()):
         return False

@@ -18,17 +18,7 @@ from rankwise.errors import ConversionError, FileFormatError
 from rankwise.formats.peft.config import pattern
 from rankwise.host import Site, kind_of
 from rankwise.ops.linalg import truncated_svd
-from rankwise.structures import (
-    OFT,
-    Anchored,
-    HiRA,
-    LoHa,
-    LoKr,
-    LoRA,
-    Magnitude,
-    Structure,
-    SVDForm,
-)
+from rankwise.structures import OFT, Anchored, HiRA, LoHa, LoKr, LoRA, Magnitude, Structure, SVDForm
 
 Decoded = tuple[Structure, dict[str, Tensor]]
 
@@ -64,9 +54,7 @@ class Found:
         """
         want = pattern(self.config["rank_pattern"], self.key, self.config["r"])
         if want != found:
-            raise FileFormatError(
-                f"The settings give {self.key} rank {want}; its tensors have rank {found}."
-            )
+            raise FileFormatError(f"The settings give {self.key} rank {want}; its tensors have rank {found}.")
         return found
 
     def get(self, *names: str) -> list[Tensor]:
@@ -269,14 +257,7 @@ def _oft(f: Found) -> Decoded:
     return OFT(block, terms), {"q": q if terms is None else -q}
 
 
-_DECODERS = {
-    "LORA": _lora,
-    "ADALORA": _adalora,
-    "LOHA": _loha,
-    "LOKR": _lokr,
-    "HIRA": _hira,
-    "OFT": _oft,
-}
+_DECODERS = {"LORA": _lora, "ADALORA": _adalora, "LOHA": _loha, "LOKR": _lokr, "HIRA": _hira, "OFT": _oft}
 
 
 def decode(f: Found) -> Decoded:
@@ -299,6 +280,5 @@ def decode(f: Found) -> Decoded:
                 f"{tuple(values[name].shape) if name in values else sorted(values)}."
             )
     return structure, {
-        k: v.detach().to(torch.promote_types(v.dtype, torch.float32)).contiguous().clone()
-        for k, v in values.items()
+        k: v.detach().to(torch.promote_types(v.dtype, torch.float32)).contiguous().clone() for k, v in values.items()
     }

@@ -13,18 +13,7 @@ from rankwise.errors import ConversionError
 from rankwise.formats.peft.decode import check_conv, is_out_proj
 from rankwise.host import Site
 from rankwise.ops.linalg import truncated_svd
-from rankwise.structures import (
-    OFT,
-    Anchored,
-    HiRA,
-    LoHa,
-    LoKr,
-    LoRA,
-    Magnitude,
-    Rows,
-    Structure,
-    SVDForm,
-)
+from rankwise.structures import OFT, Anchored, HiRA, LoHa, LoKr, LoRA, Magnitude, Rows, Structure, SVDForm
 from rankwise.structures.wrappers import under
 
 LOWRANK = "LORA"
@@ -150,9 +139,7 @@ def refuse(site: Site, structure: Structure, why: str) -> ConversionError:
     )
 
 
-def encode(
-    structure: Structure, f: Mapping[str, Tensor], site: Site, module: Any
-) -> dict[str, Tensor]:
+def encode(structure: Structure, f: Mapping[str, Tensor], site: Site, module: Any) -> dict[str, Tensor]:
     """The tensors of a method that is not low rank, for ``method(structure)``.
 
     Raises:

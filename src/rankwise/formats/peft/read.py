@@ -123,11 +123,7 @@ def _locate(plan: _Plan, path: str) -> tuple[Candidate, str] | None:
         )
     dot = f"{name}." if name else ""
     wanted = plan.config.get("target_parameters") or ()
-    mine = [
-        n
-        for n in module._parameters
-        if any(f"{dot}{n}" == w or f"{dot}{n}".endswith(f".{w}") for w in wanted)
-    ]
+    mine = [n for n in module._parameters if any(f"{dot}{n}" == w or f"{dot}{n}".endswith(f".{w}") for w in wanted)]
     if mine:  # wrappers nest in the order of registration, the first innermost
         depth = len(path.split(".")) - len(name.split("."))
         slot = mine[len(mine) - 1 - depth]
@@ -196,9 +192,7 @@ def _place_tokens(plan: _Plan, path: str, rows: Tensor) -> None:
     if c is None or c.site.kind != "embedding":
         raise ConversionError(f"Token rows can be kept on an embedding only; found {path}.")
     if len(ids) != len(rows):
-        raise FileFormatError(
-            f"The settings train {len(ids)} tokens of {path}; the file has {len(rows)} rows."
-        )
+        raise FileFormatError(f"The settings train {len(ids)} tokens of {path}; the file has {len(rows)} rows.")
     order = sorted(range(len(ids)), key=lambda i: ids[i])
     structure = TokenRows(tuple(ids))
     structure.factors(c.site)  # ids beyond the vocabulary raise now
@@ -309,9 +303,7 @@ def _recipe(plan: _Plan, placements: Sequence[Placement]) -> Recipe:
         init=Gaussian(0.02) if kind == "ADALORA" else init,
         sites=Sites(
             targets=tuple(glob(p.site.name) for p in rest),
-            overrides=tuple(
-                Override(glob(p.site.name), p.structure) for p in rest if p.structure != main
-            ),
+            overrides=tuple(Override(glob(p.site.name), p.structure) for p in rest if p.structure != main),
             train=tuple(glob(p.site.name) for p in whole),
             tokens=tuple((glob(p.site.name), p.structure.index) for p in tokens),  # type: ignore
             tied=plan.tied,  # type: ignore[arg-type]
@@ -321,9 +313,7 @@ def _recipe(plan: _Plan, placements: Sequence[Placement]) -> Recipe:
     )
 
 
-def load(
-    model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False
-) -> Adapter:
+def load(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> Adapter:
     """Load a PEFT adapter onto the plain base model and activate it.
 
     The outputs are PEFT's. Says on stderr what it loaded and what it left aside.

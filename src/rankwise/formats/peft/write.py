@@ -20,16 +20,7 @@ from rankwise.attach import Adapter
 from rankwise.errors import ConversionError
 from rankwise.formats.peft.config import CONFIG, DEFAULTS
 from rankwise.formats.peft.draft import Draft, put_tokens, put_whole
-from rankwise.formats.peft.encode import (
-    LOWRANK,
-    Pair,
-    cut,
-    encode,
-    encode_pair,
-    method,
-    pair_of,
-    refuse,
-)
+from rankwise.formats.peft.encode import LOWRANK, Pair, cut, encode, encode_pair, method, pair_of, refuse
 from rankwise.formats.report import ExportReport
 from rankwise.host import ParameterHost
 from rankwise.structures import OFT, LoHa, LoKr, Replace, Stack, SVDForm, TokenRows
@@ -130,9 +121,7 @@ def _leaf(structure: Any) -> Any:
     return structure
 
 
-def _attention(
-    d: Draft, owner: str, pairs: Mapping[str, Pair], at: Mapping[str, Placement], note: Any
-) -> None:
+def _attention(d: Draft, owner: str, pairs: Mapping[str, Pair], at: Mapping[str, Placement], note: Any) -> None:
     """Both projections of an ``nn.MultiheadAttention``, which PEFT adapts together."""
     names = (f"{owner}.in_proj_weight", f"{owner}.out_proj")
     mine = [n for n in pairs if n.startswith(f"{owner}.")]
