@@ -14,18 +14,7 @@ from typing import Any
 
 from rankwise.errors import RankwiseError
 
-COMMANDS = (
-    "demo",
-    "finetune",
-    "evaluate",
-    "generate",
-    "data",
-    "methods",
-    "targets",
-    "merge",
-    "convert",
-    "inspect",
-)
+COMMANDS = ("demo", "finetune", "evaluate", "generate", "data", "methods", "targets", "merge", "convert", "inspect")
 
 
 def app() -> Any:

@@ -16,12 +16,8 @@ def convert(
     model: Annotated[str, typer.Option(help=common.MODEL)],
     out: Annotated[str, typer.Option(help="Folder for the converted adapter.")],
     to: Annotated[str | None, typer.Option(help="Another tool's format: peft.")] = None,
-    origin: Annotated[
-        str | None, typer.Option("--from", help="The format that ADAPTER has: peft.")
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Cut to this rank what the other tool does not have.")
-    ] = None,
+    origin: Annotated[str | None, typer.Option("--from", help="The format that ADAPTER has: peft.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Cut to this rank what the other tool does not have.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the base, while checking.")] = "auto",
     overwrite: common.Overwrite = False,
     as_json: common.JsonFlag = False,

@@ -14,14 +14,11 @@ Opt = typer.Option
 
 
 def finetune(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL|run.yaml", help=f"{common.MODEL} Or a run to repeat.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL|run.yaml", help=f"{common.MODEL} Or a run to repeat.")],
     rest: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[DATA] [NAME=VALUE]...",
-            help="JSONL, CSV, Parquet, text or a folder of them; changes to the run.",
+            metavar="[DATA] [NAME=VALUE]...", help="JSONL, CSV, Parquet, text or a folder of them; changes to the run."
         ),
     ] = None,
     out: Annotated[str | None, Opt(help="Folder for adapter, metrics and run.yaml.")] = None,
@@ -47,9 +44,7 @@ def finetune(
     validation: Annotated[
         str | None, Opt(help="A file, or the share of rows to set aside; none for none. [0.1]")
     ] = None,
-    base_text: Annotated[
-        str | None, Opt(help="Text of the base's own kind, to measure what it lost.")
-    ] = None,
+    base_text: Annotated[str | None, Opt(help="Text of the base's own kind, to measure what it lost.")] = None,
     seed: Annotated[int | None, Opt(help="Of everything drawn at random. [0]")] = None,
     resume: Annotated[bool, Opt("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: common.Overwrite = False,

@@ -36,9 +36,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if chat:
         if not tokenizer.chat_template:
-            raise DataError(
-                f"--chat needs a tokenizer with a chat template; that of {model} has none."
-            )
+            raise DataError(f"--chat needs a tokenizer with a chat template; that of {model} has none.")
         turns = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
     else:

@@ -11,8 +11,7 @@ from rankwise.cli import common
 
 
 def inspect(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or file.")],
-    as_json: common.JsonFlag = False,
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or file.")], as_json: common.JsonFlag = False
 ) -> None:
     """Say what an adapter file holds, without its model."""
     from rankwise import io
@@ -38,8 +37,7 @@ def inspect(
         return
     console = common.console()
     kinds = Counter(
-        (p.site.name.rsplit(".", 1)[-1], "x".join(map(str, p.site.shape)), str(p.structure))
-        for p in saved.placements
+        (p.site.name.rsplit(".", 1)[-1], "x".join(map(str, p.site.shape)), str(p.structure)) for p in saved.placements
     )
     rows = [(name, f"{n}", shape, kind) for (name, shape, kind), n in kinds.items()]
     console.print(common.table(("layer", "sites", "shape", "structure"), rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,7 +36,7 @@ def merge(
         common.load_adapter(exact, adapter)
         wanted = verify.probe(exact)
         del exact
-        loaded = task.model(model, None, tokenizer, dtype=dtype)
+        loaded: Any = task.model(model, None, tokenizer, dtype=dtype)
         with contextlib.redirect_stderr(io.StringIO()):  # it was said once
             common.load_adapter(loaded, adapter)
         report = merged_into(loaded)

@@ -11,8 +11,7 @@ from rankwise.errors import UnknownName
 
 
 def methods(
-    method: Annotated[str | None, typer.Argument(help="Show this one's page.")] = None,
-    as_json: common.JsonFlag = False,
+    method: Annotated[str | None, typer.Argument(help="Show this one's page.")] = None, as_json: common.JsonFlag = False
 ) -> None:
     """List the methods, or show the page of one."""
     from rankwise.catalogue import catalogue, recipe
@@ -31,10 +30,7 @@ def methods(
         console.print(f"[bold]{entry.name}[/]  {_axes(entry.recipe)}", soft_wrap=True)
         console.print(entry.doc, markup=False)
         return
-    rows = [
-        (e.name, e.summary.replace("``", "").rstrip("."), f"{e.recipe.lr:g}", e.paper)
-        for e in chosen
-    ]
+    rows = [(e.name, e.summary.replace("``", "").rstrip("."), f"{e.recipe.lr:g}", e.paper) for e in chosen]
     console.print(common.table(("method", "what it is", "lr", "paper"), rows))
     console.print("rankwise methods NAME shows a page; any axis can be replaced on its own.")
 

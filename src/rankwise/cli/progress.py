@@ -34,8 +34,7 @@ class Display(Listener):
         console = common.console() if stdout else self.console
         report, facts = prepared.report, plan(prepared)
         rows = [
-            (r.pattern, f"{r.count:,}", f"{r.parameters:,}", ", ".join(r.examples[:2]) + " ...")
-            for r in report.rows
+            (r.pattern, f"{r.count:,}", f"{r.parameters:,}", ", ".join(r.examples[:2]) + " ...") for r in report.rows
         ]
         console.print(common.table(("pattern", "sites", "parameters", "such as"), rows))
         share = facts["parameters"] / max(1, facts["model_parameters"])
@@ -99,17 +98,14 @@ def plan(prepared: Prepared) -> dict[str, Any]:
         "method": prepared.adapter.recipe.name,
         "sites": len(prepared.adapter),
         "parameters": sum(p.numel() for p in trained),
-        "model_parameters": sum(
-            _count(p) for p in prepared.model.parameters() if id(p) not in ours
-        ),
+        "model_parameters": sum(_count(p) for p in prepared.model.parameters() if id(p) not in ours),
         "bytes": sum(p.numel() * p.element_size() for _, p in prepared.adapter.named_parameters()),
         "training_bytes": 4 * weights,  # weights, gradients, two moments
         "lr": prepared.lr,
         "examples": len(prepared.train),
         "validation": len(prepared.validation) if prepared.validation is not None else 0,
         "patterns": [
-            {"pattern": r.pattern, "sites": r.count, "parameters": r.parameters}
-            for r in prepared.report.rows
+            {"pattern": r.pattern, "sites": r.count, "parameters": r.parameters} for r in prepared.report.rows
         ],
     }
 
@@ -142,13 +138,9 @@ def show_result(result: Result) -> None:
         console.print(scores_table(rows))
     rate = result.tokens / max(result.seconds, 1e-9)
     loss = f"; training loss {result.loss:.3f} at the end" if result.loss is not None else ""
-    console.print(
-        f"{result.steps} steps in {result.seconds:.0f} s ({rate:,.0f} tokens/s){loss}",
-        soft_wrap=True,
-    )
+    console.print(f"{result.steps} steps in {result.seconds:.0f} s ({rate:,.0f} tokens/s){loss}", soft_wrap=True)
     files = ", ".join(("run.yaml", "metrics.jsonl", "loss.png"))
     console.print(
-        f"[bold]{Path(result.out) / 'adapter.safetensors'}[/] "
-        f"({common.size(result.file_bytes)}); beside it {files}",
+        f"[bold]{Path(result.out) / 'adapter.safetensors'}[/] ({common.size(result.file_bytes)}); beside it {files}",
         soft_wrap=True,
     )

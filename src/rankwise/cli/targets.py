@@ -26,11 +26,7 @@ def targets(
     from rankwise.hf.models import config_of
 
     recipe = compose(
-        method,
-        {"structure": structure},
-        rank=rank,
-        options=common.pairs(option or []),
-        targets=target or (),
+        method, {"structure": structure}, rank=rank, options=common.pairs(option or []), targets=target or ()
     )
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config_of(model))
@@ -38,9 +34,7 @@ def targets(
     if as_json:
         common.print_json(asdict(report))
         return
-    rows = [
-        (r.pattern, f"{r.count:,}", f"{r.parameters:,}", ", ".join(r.examples)) for r in report.rows
-    ]
+    rows = [(r.pattern, f"{r.count:,}", f"{r.parameters:,}", ", ".join(r.examples)) for r in report.rows]
     console = common.console()
     console.print(common.table(("pattern", "sites", "parameters", "such as"), rows))
     console.print(

@@ -25,7 +25,7 @@ from rankwise.hf.folder import claimed
 from rankwise.hf.method import compose
 from rankwise.hf.models import config_of
 from rankwise.hf.plots import loss_curve
-from rankwise.hf.run import Run
+from rankwise.hf.run import Listener, Result, Run
 from rankwise.hf.tasks import TASKS, CausalLM, SequenceClassification, Task
 from rankwise.hf.trainer import Trainer
 from rankwise.targets import TargetReport
@@ -63,60 +63,6 @@ class Prepared:
     lr: float
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run came to.
-
-    Attributes:
-        out: the folder.
-        measure: the key of the scores that counts.
-        before: scores of the base on the validation data.
-        after: scores of the adapted model there.
-        own_before: scores of the base on its own text.
-        own_after: scores of the adapted model there.
-        steps: optimizer steps.
-        tokens: tokens seen, since the last checkpoint where one was resumed.
-        seconds: of training.
-        parameters: trained ones.
-        file_bytes: size of the adapter file.
-        lr: learning rate.
-        loss: training loss over the last tenth of the steps.
-    """
-
-    out: str
-    measure: str
-    before: dict[str, float] | None
-    after: dict[str, float] | None
-    own_before: dict[str, float] | None
-    own_after: dict[str, float] | None
-    steps: int
-    tokens: int
-    seconds: float
-    parameters: int
-    file_bytes: int
-    lr: float
-    loss: float | None
-
-
-class Listener:
-    """Told how a run goes; the command line draws it. Every method may be left as it is."""
-
-    def doing(self, what: str) -> None:
-        """A stage begins: "loading the model", "measuring the base"."""
-
-    def planned(self, prepared: Prepared) -> None:
-        """All is loaded; the first step comes next."""
-
-    def began(self, step: int, steps: int) -> None:
-        """Training begins, or goes on from a checkpoint at ``step``."""
-
-    def stepped(self, step: int, loss: float | None, rate: float) -> None:
-        """An optimizer step is done; ``rate`` is in tokens a second."""
-
-    def validated(self, step: int, loss: float) -> None:
-        """The validation loss along the way."""
-
-
 def task_of(run: Run) -> Task:
     """The task of a run by its name.
 
@@ -135,9 +81,7 @@ def task_of(run: Run) -> Task:
     return SequenceClassification(length, run.labels)
 
 
-def scored(
-    task: Task, model: Any, examples: Any, processor: Any, batch: int = 8
-) -> dict[str, float]:
+def scored(task: Task, model: Any, examples: Any, processor: Any, batch: int = 8) -> dict[str, float]:
     """The task's measures over examples, with the model in evaluation mode."""
     rows, collate = task.rows(examples), task.collator(processor)
 
@@ -161,9 +105,7 @@ def prepare(run: Run, task: Task | None = None, listener: Listener | None = None
     """
     listener = listener or Listener()
     axes = {"structure": run.structure, "init": run.init, "solver": run.solver, "ranks": run.ranks}
-    recipe = compose(
-        run.method, axes, rank=run.rank, options=run.options, targets=run.target, base=run.base
-    )
+    recipe = compose(run.method, axes, rank=run.rank, options=run.options, targets=run.target, base=run.base)
     task = task or task_of(run)
     listener.doing("reading the data")
     processor = task.processor(run.model)
@@ -220,9 +162,7 @@ def finetune(
         if resume and file.exists():
             _check_same(run, Run.read(file))
         prepared = prepare(run, task, listener)
-        prepared.run.write(
-            file, f"rankwise {__version__}, {prepared.adapter.recipe.name}, lr {prepared.lr:g}"
-        )
+        prepared.run.write(file, f"rankwise {__version__}, {prepared.adapter.recipe.name}, lr {prepared.lr:g}")
         if hasattr(prepared.processor, "save_pretrained"):
             prepared.processor.save_pretrained(out)
         listener.planned(prepared)

@@ -97,7 +97,7 @@ def _plain(name: str) -> str:
 def _value(axis: str, text: str, options: Mapping[str, Any]) -> Any:
     """An axis value by name: a class, a wrapper around one, or the value of a method."""
     outer, bracket, rest = text.partition("(")
-    there = {_plain(tag): cls for tag, cls in choices(_AXES[axis]).items()}
+    there: dict[str, Any] = {_plain(tag): cls for tag, cls in choices(_AXES[axis]).items()}
     if axis == "structure":
         there = {t: c for t, c in there.items() if issubclass(c, Structure) and c not in _PARTIAL}
     methods = catalogue()
@@ -121,12 +121,9 @@ def _value(axis: str, text: str, options: Mapping[str, Any]) -> Any:
         return cls(inner=_value(axis, rest.removesuffix(")") or "lora", options))
     if unknown := sorted(set(options) - names):
         raise IncompatibleAxes(
-            f"{cls.__name__} takes {', '.join(sorted(names)) or 'no options'}; found "
-            f"{', '.join(unknown)}."
+            f"{cls.__name__} takes {', '.join(sorted(names)) or 'no options'}; found {', '.join(unknown)}."
         )
     given = dict(options)
     if "alpha" in names and given.get("rank") and "alpha" not in given:
-        given["alpha"] = float(
-            given["rank"]
-        )  # scale 1, so that the rate does not depend on the rank
+        given["alpha"] = float(given["rank"])  # scale 1, so that the rate does not depend on the rank
     return cls(**given)

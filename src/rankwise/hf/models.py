@@ -37,8 +37,7 @@ def locate(model: str | Path) -> str:
         if len(parts) == 2 and all(p and p[0] not in ".~" for p in parts) and not offline:
             return str(model)
         raise ModelFileError(
-            f'A model is a folder that save_pretrained wrote, or "{EMBEDDED}"; there is nothing at '
-            f"{model}."
+            f'A model is a folder that save_pretrained wrote, or "{EMBEDDED}"; there is nothing at {model}.'
         )
     config = path / "config.json"
     if not config.is_file():
@@ -88,9 +87,7 @@ def config_of(model: str | Path) -> Any:
         raise ModelFileError(f"{model} has no config that loads ({_first(error)}).") from error
 
 
-def load_model(
-    kind: Any, model: str | Path, *, base: str | None = None, dtype: str = "auto", **options: Any
-) -> Any:
+def load_model(kind: Any, model: str | Path, *, base: str | None = None, dtype: str = "auto", **options: Any) -> Any:
     """Load a model for evaluation or training, on the accelerator if there is one.
 
     Args:
@@ -123,9 +120,7 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if "memory" in str(error):
             raise
-        raise ModelFileError(
-            f"{model} does not load as {kind.__name__}: {_first(error)}"
-        ) from error
+        raise ModelFileError(f"{model} does not load as {kind.__name__}: {_first(error)}") from error
     return (loaded.cuda() if cuda and base is None else loaded).eval()
 
 
@@ -133,9 +128,7 @@ def _quantised(base: str, compute: torch.dtype) -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise MissingDependency(
-            f"A base in {base} needs bitsandbytes: pip install 'rankwise[quant]'."
-        ) from error
+        raise MissingDependency(f"A base in {base} needs bitsandbytes: pip install 'rankwise[quant]'.") from error
     from transformers import BitsAndBytesConfig
 
     if base not in ("nf4", "int8"):

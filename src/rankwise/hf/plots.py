@@ -28,6 +28,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]], path: str | Path, title: st
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise MissingDependency("pictures need matplotlib: pip install 'rankwise[plot]'") from error
     train = [(r["step"], r["loss"]) for r in history if "loss" in r]
@@ -46,7 +47,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]], path: str | Path, title: st
     axes.set(xlabel="step", ylabel="loss (nats)", title=title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if train or held:
         axes.legend(frameon=False)
     target = Path(path)

@@ -1,4 +1,4 @@
-"""A fine-tuning run as data: what run.yaml holds."""
+"""A fine-tuning run as data: what run.yaml holds, what it came to, and who is told."""
 
 from __future__ import annotations
 
@@ -130,13 +130,71 @@ class Run:
         """
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         text = f"# {note}\n" + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-        atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+        def put(temporary: Path) -> None:
+            temporary.write_text(text, encoding="utf-8")
+
+        atomically(path, put)
 
     def differs(self, other: Run) -> list[str]:
         """The names in which two runs differ that a resumed run must share."""
         free = ("out", "epochs", "steps", "labels", "base_text")
         names = [f.name for f in fields(Run) if f.name not in free]
         return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        out: the folder.
+        measure: the key of the scores that counts.
+        before: scores of the base on the validation data.
+        after: scores of the adapted model there.
+        own_before: scores of the base on its own text.
+        own_after: scores of the adapted model there.
+        steps: optimizer steps.
+        tokens: tokens seen, since the last checkpoint where one was resumed.
+        seconds: of training.
+        parameters: trained ones.
+        file_bytes: size of the adapter file.
+        lr: learning rate.
+        loss: training loss over the last tenth of the steps.
+    """
+
+    out: str
+    measure: str
+    before: dict[str, float] | None
+    after: dict[str, float] | None
+    own_before: dict[str, float] | None
+    own_after: dict[str, float] | None
+    steps: int
+    tokens: int
+    seconds: float
+    parameters: int
+    file_bytes: int
+    lr: float
+    loss: float | None
+
+
+class Listener:
+    """Told how a run goes; the command line draws it. Every method may be left as it is."""
+
+    def doing(self, what: str) -> None:
+        """A stage begins: "loading the model", "measuring the base"."""
+
+    def planned(self, prepared: Any) -> None:
+        """All is loaded; the first step comes next."""
+
+    def began(self, step: int, steps: int) -> None:
+        """Training begins, or goes on from a checkpoint at ``step``."""
+
+    def stepped(self, step: int, loss: float | None, rate: float) -> None:
+        """An optimizer step is done; ``rate`` is in tokens a second."""
+
+    def validated(self, step: int, loss: float) -> None:
+        """The validation loss along the way."""
 
 
 def _coerced(name: str, hint: Any, value: Any) -> Any:

@@ -19,6 +19,7 @@ from torch import nn
 
 from rankwise.errors import DataError
 from rankwise.hf import data
+from rankwise.hf.data.examples import IGNORE
 from rankwise.hf.models import load_model, tokenizer_of
 from rankwise.sites import Sites, Target
 from rankwise.targets import HEADS
@@ -142,19 +143,13 @@ class CausalLM(TextTask):
                 inputs = _moved(batch, model)
                 labels = inputs.pop("labels")[:, 1:]
                 logits = model(**inputs).logits[:, :-1].float()
-                learned = labels != data.examples.IGNORE
-                nats += float(
-                    nn.functional.cross_entropy(logits[learned], labels[learned], reduction="sum")
-                )
+                learned = labels != IGNORE
+                nats += float(nn.functional.cross_entropy(logits[learned], labels[learned], reduction="sum"))
                 tokens += int(learned.sum())
                 for row, mask in zip(labels, learned, strict=True):
                     text = processor.decode(row[mask].tolist(), skip_special_tokens=True)
                     size += len(text.encode())
-        return {
-            "bits_per_byte": nats / math.log(2) / max(size, 1),
-            "loss": nats / max(tokens, 1),
-            "tokens": tokens,
-        }
+        return {"bits_per_byte": nats / math.log(2) / max(size, 1), "loss": nats / max(tokens, 1), "tokens": tokens}
 
 
 @final
