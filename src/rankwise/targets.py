@@ -139,7 +139,9 @@ def candidates(model: nn.Module) -> list[Candidate]:
         for slot, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() in (2, 3):
                 site = ParameterHost(module, slot).site(f"{dot}{slot}")
-                add(f"{dot}{slot}", path, slot, site, linear=parameter.dim() == 3)
+                # a stack of one is no expert but a token or a table of positions (ViT)
+                experts = parameter.dim() == 3 and parameter.shape[0] > 1
+                add(f"{dot}{slot}", path, slot, site, linear=experts)
     layers = max((c.site.layer for c in found if c.site.layer is not None), default=-1) + 1
     return [replace(c, site=replace(c.site, layers=layers)) for c in found]
 
