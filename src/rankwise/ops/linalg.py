@@ -61,8 +61,9 @@ def cayley(q: Tensor, terms: int | None = None) -> Tensor:
             et al. 2025, arXiv 2506.19847): cheap on a GPU, orthogonal only for small Q.
 
     Returns:
-        Rotations (..., b, b).
+        Rotations (..., b, b), at least in float32.
     """
+    q = q.to(torch.promote_types(q.dtype, torch.float32))
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     if terms is None:
         return torch.linalg.solve(eye - q, eye + q)  # the two factors commute
