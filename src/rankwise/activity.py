@@ -101,10 +101,10 @@ class Record:
         if len(found) > 1:
             raise ActivityError(
                 f"Activation checkpointing runs a layer again inside backward(), with the adapters "
-                f"of its first run; here these may have been {sorted(map(str, found))}. Call "
-                f"backward() inside set_active, drop the other loss before (del loss), or, with "
-                f"reentrant checkpointing, open torch.no_grad() outside of disabled(), or pass "
-                f"use_reentrant=False."
+                f"of its first run; here these may have been {sorted(map(str, found))}. Pass "
+                f"use_reentrant=False to checkpoint; call backward() before the next forward with "
+                f"other adapters, and drop the other loss first (del loss); and where there is no "
+                f"backward, open torch.no_grad() outside of disabled() or set_active()."
             )
         choice = next(iter(found), activity.choice)
         if reentrant:
