@@ -40,9 +40,7 @@ def concrete(module, base) -> set[type]:
     ids=["inits", "solvers", "ranks"],
 )
 def test_every_exported_axis_is_in_the_product(module, base, values):
-    assert {c for c in concrete(module, base) if not inspect.isabstract(c)} == set(
-        map(type, values)
-    )
+    assert {c for c in concrete(module, base) if not inspect.isabstract(c)} == set(map(type, values))
 
 
 def lives(recipe: rw.Recipe, base: nn.Module, folder) -> None:
@@ -89,8 +87,7 @@ def test_the_whole_product(structure, tmp_path):
 def test_the_product_is_wide():
     points = product(STRUCTURES, INITS, SOLVERS, RANKS, DROPOUTS)
     legal = sum(
-        i.requires | s.requires | r.requires | ({"drops"} if d else set()) <= t.traits
-        for t, i, s, r, d in points
+        i.requires | s.requires | r.requires | ({"drops"} if d else set()) <= t.traits for t, i, s, r, d in points
     )
     assert legal >= 400
 
@@ -129,9 +126,7 @@ def test_what_clashes_is_refused_when_it_is_made(make, remedy):
 
 
 @pytest.mark.parametrize(
-    "axes",
-    [{"init": Principal()}, {"solver": LoRAPlus()}, {"dropout": 0.1}],
-    ids=lambda a: next(iter(a)),
+    "axes", [{"init": Principal()}, {"solver": LoRAPlus()}, {"dropout": 0.1}], ids=lambda a: next(iter(a))
 )
 def test_an_override_must_be_legal_too(axes):
     sites = rw.Sites(overrides={"2": OFT(4)})

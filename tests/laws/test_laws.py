@@ -45,11 +45,7 @@ def parts(structure: Structure) -> set[type]:
 
 def test_every_exported_structure_is_in_the_table():
     exported = (getattr(structures, name) for name in structures.__all__)
-    concrete = {
-        c
-        for c in exported
-        if isinstance(c, type) and issubclass(c, Structure) and not inspect.isabstract(c)
-    }
+    concrete = {c for c in exported if isinstance(c, type) and issubclass(c, Structure) and not inspect.isabstract(c)}
     assert concrete == set().union(*(parts(s) for s in STRUCTURES))
 
 
