@@ -200,7 +200,6 @@ def _train(prepared: Prepared, out: Path, listener: Listener, resume: bool) -> R
         per_device_train_batch_size=run.batch,
         per_device_eval_batch_size=run.batch,
         gradient_accumulation_steps=run.accumulate,
-        learning_rate=prepared.lr,
         lr_scheduler_type=run.schedule if run.schedule != "constant" else "constant_with_warmup",
         warmup_steps=0.03,  # below 1 a share of the steps
         logging_steps=1,
@@ -222,7 +221,7 @@ def _train(prepared: Prepared, out: Path, listener: Listener, resume: bool) -> R
     trainer = Trainer(
         model,
         arguments,
-        lr=prepared.lr,
+        lr=None if run.lr == "auto" else prepared.lr,
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=task.collator(prepared.processor),
