@@ -19,12 +19,14 @@ MODEL = 'A folder that save_pretrained wrote, or "embedded" for the small model 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
-Method = Annotated[str | None, typer.Option("--method", "-m", help="A method's name; see rankwise methods. [lora]")]
+Method = Annotated[
+    str | None, typer.Option("--method", "-m", help="A method's name; see rankwise methods. (default: lora)")
+]
 Structure = Annotated[str | None, typer.Option(help="Its structure, in place of the method's.")]
 Init = Annotated[str | None, typer.Option(help="Where the factors start.")]
 Solver = Annotated[str | None, typer.Option(help="In which geometry a step is taken.")]
 Ranks = Annotated[str | None, typer.Option(help="How rank changes in time.")]
-Rank = Annotated[int | None, typer.Option("--rank", "-r", help="Rank. [the method's own]")]
+Rank = Annotated[int | None, typer.Option("--rank", "-r", help="Rank. (default: the method's own)")]
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="Another argument of the method.")
 ]

@@ -13,7 +13,9 @@ def evaluate(
     model: common.ModelArg,
     data: Annotated[str, typer.Argument(metavar="DATA", help="A file or folder.")],
     adapter: Annotated[str | None, typer.Option(help="Folder or file of an adapter.")] = None,
-    task: Annotated[str | None, typer.Option(help="causal-lm or classification. [that of the adapter's run]")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="causal-lm or classification. (default: that of the adapter's run)")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Quantise the weights: nf4 or int8.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest example, in tokens.")] = None,
     batch: Annotated[int, typer.Option(help="Examples a forward pass.")] = 8,

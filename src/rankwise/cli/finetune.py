@@ -30,22 +30,22 @@ def finetune(
     rank: common.Rank = None,
     option: common.Options = None,
     target: common.Targets = None,
-    task: Annotated[str | None, Opt(help="causal-lm or classification. [causal-lm]")] = None,
+    task: Annotated[str | None, Opt(help="causal-lm or classification. (default: causal-lm)")] = None,
     base: Annotated[str | None, Opt(help="Quantise the frozen weights: nf4 or int8.")] = None,
-    lr: Annotated[str | None, Opt(help="Learning rate. [auto: the method's]")] = None,
-    epochs: Annotated[float | None, Opt(help="Passes over the data. [3]")] = None,
+    lr: Annotated[str | None, Opt(help="Learning rate. (default: auto: the method's)")] = None,
+    epochs: Annotated[float | None, Opt(help="Passes over the data. (default: 3)")] = None,
     steps: Annotated[int | None, Opt(help="Optimizer steps, in place of epochs.")] = None,
-    batch: Annotated[int | None, Opt(help="Examples a forward pass. [8]")] = None,
-    accumulate: Annotated[int | None, Opt(help="Forward passes an optimizer step. [1]")] = None,
+    batch: Annotated[int | None, Opt(help="Examples a forward pass. (default: 8)")] = None,
+    accumulate: Annotated[int | None, Opt(help="Forward passes an optimizer step. (default: 1)")] = None,
     max_length: Annotated[
-        int | None, Opt(help="Longest example, in tokens. [the model's context, at most 1024]")
+        int | None, Opt(help="Longest example, in tokens. (default: the model's context, at most 1024)")
     ] = None,
     pack: Annotated[bool | None, Opt("--pack", help="Fill rows with several documents.")] = None,
     validation: Annotated[
-        str | None, Opt(help="A file, or the share of rows to set aside; none for none. [0.1]")
+        str | None, Opt(help="A file, or the share of rows to set aside; none for none. (default: 0.1)")
     ] = None,
     base_text: Annotated[str | None, Opt(help="Text of the base's own kind, to measure what it lost.")] = None,
-    seed: Annotated[int | None, Opt(help="Of everything drawn at random. [0]")] = None,
+    seed: Annotated[int | None, Opt(help="Of everything drawn at random. (default: 0)")] = None,
     resume: Annotated[bool, Opt("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: common.Overwrite = False,
     dry_run: Annotated[bool, Opt("--dry-run", help="Show what would be trained; stop.")] = False,
