@@ -98,7 +98,6 @@ def test_each_turn_is_learned_after_the_context_that_it_is_generated_in(file):
         ["<think>\nSo.\n</think>\n\nHello!<|im_end|>"],
         ["<think>\nI think.\n</think>\n\nParis.<|im_end|>"],
     ]
-    assert [item.part for item in examples.items] == [0, 1]
     prompt = tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True)
     assert whole(examples.items[1], tokenizer).startswith(prompt)
     assert "So." not in whole(examples.items[1], tokenizer)

@@ -73,19 +73,17 @@ def test_a_text_file_is_one_document(tmp_path):
     assert [row.fields for row in read(tmp_path / "a.txt").rows] == [{"text": "One.\n\nTwo.\n"}]
 
 
-def test_a_folder_by_suffix(tmp_path):
+def test_a_folder(tmp_path):
     (tmp_path / "pkg").mkdir()
     (tmp_path / ".git").mkdir()
-    (tmp_path / "pkg" / "a.py").write_text("print(1)\n")
-    (tmp_path / "b.py").write_text("print(2)\n")
-    (tmp_path / "pkg" / "__init__.py").write_text("\n")
-    (tmp_path / ".git" / "c.py").write_text("print(3)\n")
+    (tmp_path / "pkg" / "a.txt").write_text("One\n")
+    (tmp_path / "b.txt").write_text("Two\n")
+    (tmp_path / ".git" / "c.txt").write_text("Three\n")
     (tmp_path / "notes.md").write_text("Notes\n")
-    table = read(tmp_path, suffix="py")
-    assert [row.where for row in table.rows] == ["b.py", "pkg/a.py"]
-    assert set(table.skipped) == {"notes.md"}
-    refused(lambda: read(tmp_path), ".jsonl, .csv", "notes.md", "suffix=")
-    assert read(tmp_path / "notes.md", suffix=".txt").rows[0].fields == {"text": "Notes\n"}
+    table = read(tmp_path)
+    assert [row.where for row in table.rows] == ["b.txt", "pkg/a.txt"]
+    assert table.skipped == ("notes.md",)
+    refused(lambda: read(tmp_path / "notes.md"), ".jsonl, .csv", "notes.md", "rename")
 
 
 # -- schemas --------------------------------------------------------------------------------------
@@ -162,7 +160,7 @@ def test_missing_empty_and_unknown_files(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\n")
     refused(lambda: read(tmp_path / "a.csv"), "empty")
     (tmp_path / "a.xlsx").write_text("a")
-    refused(lambda: read(tmp_path / "a.xlsx"), "a.xlsx", ".parquet", "suffix=")
+    refused(lambda: read(tmp_path / "a.xlsx"), "a.xlsx", ".parquet", ".txt")
 
 
 @pytest.mark.parametrize("line", [b'{"text": "a"', b"text", b'["text"]', b'{"text": "\xff\xfe"}', b"3"])
@@ -251,7 +249,6 @@ def test_long_texts_are_split_without_loss(lines):
     assert all(len(e) <= 32 and e.cut == "split" for e in examples.items)
     joined = np.concatenate([e.input_ids for e in examples.items]).tolist()
     assert tokenizer.decode(joined) == f"<s>{text}</s>"
-    assert [e.part for e in examples.items] == list(range(len(examples)))
     assert {e.tokens for e in examples.items} == {len(joined)}
 
 

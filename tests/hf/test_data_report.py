@@ -64,14 +64,11 @@ def test_classes(file):
 
 def test_duplicates_between_training_and_validation(file):
     tokenizer = make_tokenizer()
-    changed = STORY.replace("word7", "cat", 1)
-    other = " ".join(reversed(WORDS * 3))
-    train = load(file("train.jsonl", *({"text": t} for t in ("one", STORY, "two", other))), tokenizer)
-    texts = [STORY.replace(" ", "\n  "), f"{STORY} now", changed, "three", "something else here"]
+    train = load(file("train.jsonl", *({"text": t} for t in ("one", STORY, "two", STORY))), tokenizer)
+    texts = [STORY.replace(" ", "\n  "), f"{STORY} now", "three"]
     validation = load(file("val.jsonl", *({"text": t} for t in texts)), tokenizer)
     found = report(train, tokenizer, validation)
     assert found["exact_duplicates"] == [("val.jsonl, line 1", "train.jsonl, line 2")]
-    assert found["near_duplicates"] == [("val.jsonl, line 2", "train.jsonl, line 2")]
 
 
 def test_a_shared_system_prompt_is_no_duplicate(file):
@@ -85,7 +82,6 @@ def test_a_shared_system_prompt_is_no_duplicate(file):
     validation = load(file("val.jsonl", talk("When?", "Now."), talk("Who?", "I.")), tokenizer)
     found = report(train, tokenizer, validation)
     assert found["exact_duplicates"] == [("val.jsonl, line 2", "train.jsonl, line 2")]
-    assert found["near_duplicates"] == []
 
 
 def test_the_page_marks_what_is_learned(file):

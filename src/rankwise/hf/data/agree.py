@@ -29,11 +29,9 @@ def number(rows: Sequence[Row], names: Sequence[Label] | None = None) -> tuple[t
         raise DataError(f"labels are all of one type; found {found}: write them alike")
     known = tuple(sorted(set(labels)) if names is None else names)
     index = {repr(name): i for i, name in enumerate(known)}  # by repr: True is not 1, nor "1"
-    unseen = {repr(label): row.where for label, row in zip(labels, rows, strict=True)}
-    unseen = [f"{name} ({where})" for name, where in unseen.items() if name not in index]
+    unseen = [f"{label!r} ({row.where})" for label, row in zip(labels, rows, strict=True) if repr(label) not in index]
     if unseen:
-        found = ", ".join(unseen[:9])
-        raise DataError(f"labels are of the training data's {known}; found {found}: correct them")
+        raise DataError(f"labels are of the training data's {known}; found {', '.join(unseen[:9])}: correct them")
     return known, [index[repr(label)] for label in labels]
 
 
@@ -61,16 +59,14 @@ def check_model(tokenizer: Any, model: Any, examples: Any = None) -> None:
         DataError: Where they differ.
     """
     rows, items = model.get_input_embeddings().weight.shape[0], examples.items if examples else ()
-    used = [("its padding token", tokenizer.pad_token_id or 0)]
-    used += [(item.row.where, int(item.input_ids.max())) for item in items]
-    where, top = max(used, key=lambda pair: pair[1])
+    used = [(int(item.input_ids.max()), item.row.where) for item in items]
+    top, where = max([(tokenizer.pad_token_id or 0, "its padding token"), *used])
     spare = sum(i >= rows for i in tokenizer.get_added_vocab().values()) if items else 0
     if top >= rows or len(tokenizer) - spare > rows:
         found = f"it has {rows}, the tokenizer {len(tokenizer)} tokens ({where} uses number {top})"
         remedy = "use the model's own, or call model.resize_token_embeddings(len(tokenizer))"
         raise DataError(f"the model's embedding has a row for each token; {found}: {remedy}")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(items, key=len, default=None)
-    if context is not None and longest is not None and len(longest) > context:
-        found = f"{longest.row.where} has {len(longest)} tokens"
-        raise DataError(f"the model's context is {context}; {found}: load with max_length=")
+    size, where = max(((len(item), item.row.where) for item in items), default=(0, ""))
+    if context is not None and size > context:
+        raise DataError(f"the model's context is {context}; {where} has {size} tokens: load with max_length=")

@@ -6,7 +6,6 @@ Legend: T tokens of an example.
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ import numpy as np
 
 from rankwise.errors import DataError
 from rankwise.hf.data.agree import Label, number
-from rankwise.hf.data.mask import Encoder, Tokens
+from rankwise.hf.data.mask import Encoder
 from rankwise.hf.data.read import Row, read
 
 IGNORE = -100  # the label that PyTorch's cross entropy leaves out
-
-_ON_LONG = ("truncate", "split", "raise")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -33,7 +30,6 @@ class Example:
         row: Where the tokens come from.
         tokens: How many tokens there were before a long row was cut.
         cut: "truncate" or "split" if it was cut so, else "".
-        part: 0, then 1, 2 ... for the further examples of one row.
     """
 
     input_ids: np.ndarray
@@ -41,7 +37,6 @@ class Example:
     row: Row
     tokens: int
     cut: str = ""
-    part: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -86,7 +81,6 @@ def load(
     max_length: int = 1024,
     on_long: str | None = None,
     schema: str | None = None,
-    suffix: str | None = None,
     label_names: Sequence[Label] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Examples:
@@ -100,7 +94,6 @@ def load(
             default a text is split and everything else truncated. Pieces of a labelled text keep
             its label.
         schema: See `read`.
-        suffix: See `read`.
         label_names: For validation data, the `label_names` of the training data.
         template_kwargs: Passed to the chat template (for example `{"enable_thinking": False}`).
 
@@ -110,33 +103,30 @@ def load(
     Raises:
         DataError: On anything that cannot be learned from as it is; see also `read`.
     """
-    table = read(path, schema=schema, suffix=suffix)
+    table = read(path, schema=schema)
     if table.schema == "preference":
         raise DataError(f"load() takes single answers; {path} has pairs: use read(path).dataset()")
     how = on_long or ("split" if table.schema == "text" else "truncate")
-    if how not in _ON_LONG or max_length < 2:
-        raise DataError(f"on_long is in {_ON_LONG}, max_length > 1; found {how!r}, {max_length}: mend")
-    names, classes = number(table.rows, label_names) if table.schema == "label" else ((), None)
+    if how not in ("truncate", "split", "raise") or max_length < 2:
+        raise DataError(f"on_long is truncate, split or raise, max_length > 1; found {how!r}, {max_length}: mend")
+    names, classes = number(table.rows, label_names) if table.schema == "label" else ((), [])
     encoder, items = Encoder(tokenizer, template_kwargs or {}), []
     for i, row in enumerate(table.rows):
-        part = count()
-        for tokens in encoder(row, table.schema):
-            size = len(tokens.ids)
-            cut = how if size > max_length else ""
+        for ids, learn in encoder(row, table.schema):
+            cut = how if len(ids) > max_length else ""
             if cut == "raise":
-                raise DataError(f"max_length is {max_length}; {row.where} has {size}: raise it")
-            for piece in fit(tokens, max_length, how, tokenizer.bos_token_id):
-                ids = np.array(piece.ids, dtype=np.int32)
-                if classes is not None and tokens.ids[-1] in tokenizer.all_special_ids:
-                    ids[-1] = tokens.ids[-1]  # a classifier's closing token survives a cut
-                labels = np.where(piece.learn, ids, IGNORE).astype(np.int32)
+                raise DataError(f"max_length is {max_length}; {row.where} has {len(ids)}: raise it")
+            for kept in fit(learn, max_length, cut, int(ids[0] == tokenizer.bos_token_id)):
+                if classes and ids[-1] in tokenizer.all_special_ids:
+                    kept[-1] = len(ids) - 1  # a classifier's closing token survives a cut
+                labels = np.where(learn, ids, IGNORE)[kept].astype(np.int32)
                 labels[0] = IGNORE
-                target = labels if classes is None else classes[i]
-                items.append(Example(ids, target, row, size, cut, next(part)))
+                target = classes[i] if classes else labels
+                items.append(Example(ids[kept].astype(np.int32), target, row, len(ids), cut))
     return Examples(tuple(items), table.schema, names, table.skipped)
 
 
-def fit(tokens: Tokens, limit: int, how: str, bos: int | None = None) -> list[Tokens]:
+def fit(learn: np.ndarray, limit: int, cut: str, bos: int) -> list[np.ndarray]:
     """Cut a row to pieces of at most `limit` tokens, none without something to learn.
 
     "split" cuts it into consecutive pieces, and drops those that are all context. "truncate" keeps
@@ -144,29 +134,25 @@ def fit(tokens: Tokens, limit: int, how: str, bos: int | None = None) -> list[To
     of the prompt and the answer, of a very long answer as much as half of the limit.
 
     Args:
-        tokens: The row.
+        learn: (T,) bool, which tokens of the row are learned.
         limit: The longest piece.
-        how: "split" or "truncate".
-        bos: The token that opens a document, if there is one.
+        cut: "split", "truncate", or "" for a row that is short enough.
+        bos: How many tokens open the document: 0 or 1.
 
     Returns:
-        The pieces.
+        For each piece the positions of its tokens in the row.
     """
-    ids, learn = tokens
-    if len(ids) <= limit:
-        return [tokens]
-    if how == "split":
-        starts = range(0, len(ids), limit)
-        pieces = [Tokens(ids[s : s + limit], learn[s : s + limit]) for s in starts]
-        return [piece for piece in pieces if any(piece.learn[1:])]
-    if any(learn[1:limit]):
-        return [Tokens(ids[:limit], learn[:limit])]
-    first = learn.index(True, 1)
-    last = len(learn) - learn[::-1].index(True)
-    end = min(last, first + max(limit // 2, 1))
-    kept = 1 if ids[0] == bos else 0
-    start = end - limit + kept
-    return [Tokens(ids[:kept] + ids[start:end], learn[:kept] + learn[start:end])]
+    every = np.arange(len(learn))
+    if not cut:
+        return [every]
+    if cut == "split":
+        pieces = np.split(every, range(limit, len(every), limit))
+        return [piece for piece in pieces if learn[piece[1:]].any()]
+    if learn[1:limit].any():
+        return [every[:limit]]
+    first, last = 1 + np.flatnonzero(learn[1:])[[0, -1]]
+    end = min(last + 1, first + limit // 2)
+    return [np.concatenate([every[:bos], every[end - limit + bos : end]])]
 
 
 def split(examples: Examples, validation: float = 0.1, seed: int = 0) -> tuple[Examples, Examples]:
@@ -186,6 +172,7 @@ def split(examples: Examples, validation: float = 0.1, seed: int = 0) -> tuple[E
         raise DataError(f"a split is 0 to 1 of two distinct rows or more; found {found}: mend that")
     random.Random(seed).shuffle(distinct)
     aside = set(distinct[: min(max(1, round(validation * len(distinct))), len(distinct) - 1)])
-    train = tuple(item for item in examples.items if item.row.text() not in aside)
-    held_out = tuple(item for item in examples.items if item.row.text() in aside)
-    return replace(examples, items=train), replace(examples, items=held_out)
+    parts: tuple[list[Example], list[Example]] = [], []
+    for item in examples.items:
+        parts[item.row.text() in aside].append(item)
+    return replace(examples, items=tuple(parts[0])), replace(examples, items=tuple(parts[1]))

@@ -13,27 +13,24 @@ the generation prompt. Templates that rewrite the past (Qwen3 drops earlier thou
 only the last turn in `<|return|>`) make an early answer look unlike what the model had to say; such
 a dialogue is *unrolled* into several examples, in each of which every learned turn reads as it is
 generated. An answer that opens a dialogue was asked for by nothing, and is context.
+
+Legend: T tokens of an example.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from rankwise.errors import DataError
 from rankwise.hf.data.read import Row
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-
 Turns = list[dict[str, Any]]
-
-
-class Tokens(NamedTuple):
-    """Token ids, and beside each whether it is learned."""
-
-    ids: list[int]
-    learn: list[bool]
+Tokens = tuple[list[int], list[bool]]  # ids, and beside each whether it is learned
 
 
 @dataclass(frozen=True)
@@ -46,56 +43,49 @@ class Encoder:
     """
 
     tokenizer: Any
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_kwargs: Mapping[str, Any]
 
-    def __call__(self, row: Row, schema: str) -> list[Tokens]:
-        """Return the row's examples (one, but for unrolled dialogues); none is without learning."""
-        fields = row.fields
+    def __call__(self, row: Row, schema: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return ids (T,) and learned (T,) bool of the row's examples: one, but for unrolled dialogues."""
+        prompt = {"completion": row.fields.get("prompt"), "messages": []}.get(schema, "")
+        answer = row.fields["text" if schema == "label" else schema]
         if schema == "label":
-            ids = self._ids(fields["text"], special=True)
-            found = [Tokens(ids, [True] * len(ids))]
-        elif schema == "text":
-            found = [self._document("", fields["text"], row)]
-        elif schema == "messages":
-            found = self._dialogue([], fields["messages"], row)
-        elif isinstance(fields["prompt"], str) and isinstance(fields["completion"], str):
-            found = [self._document(fields["prompt"], fields["completion"], row)]
+            ids = self._ids(answer, special=True)
+            found = [(ids, [False] + [True] * len(ids[1:]))]
+        elif isinstance(prompt, str) and isinstance(answer, str):
+            found = [self._document(prompt, answer)]
         else:
-            found = self._dialogue(fields["prompt"], fields["completion"], row)
-        for tokens in found:
-            if not any(tokens.learn[schema != "label" :]):  # nothing predicts the first token
-                raise DataError(f"rows teach; the mask of {row.where} is all zero: remove it")
-        return found
+            found = self._dialogue(prompt, answer, row)
+        if schema != "label" and not all(any(learn[1:]) for _, learn in found):  # nothing predicts the first token
+            raise DataError(f"rows teach; the mask of {row.where} is all zero: remove it")
+        return [(np.array(ids), np.array(learn)) for ids, learn in found]
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
         """Return a text's ids, if asked with the tokenizer's own special tokens; no doubled BOS."""
         ids = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return ids[1:] if ids[:2] == [self.tokenizer.bos_token_id] * 2 else ids
 
-    def _document(self, prompt: str, text: str, row: Row) -> Tokens:
+    def _document(self, prompt: str, text: str) -> Tokens:
         """Learn a text after its prompt; open with BOS if the tokenizer does so, close with EOS."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if eos is None:
             raise DataError("texts end in EOS; the tokenizer has none: set tokenizer.eos_token")
-        head, ids = self._ids(prompt) if prompt else [], self._ids(prompt + text)
-        if ids[: len(head)] != head:  # a token straddles: keep the prompt as inference reads it
-            ids = head + self._ids(text)
-        known = len(head)
-        if bos is not None and ids[:1] != [bos] and self._ids("a", special=True)[:1] == [bos]:
-            ids, known = [bos, *ids], known + 1
-        if eos not in ids[known:][-2:]:  # a rendered chat may end in EOS and a line break
-            ids = [*ids, eos]
-        return Tokens(ids, [i >= known for i in range(len(ids))])
+        head, ids = self._ids(prompt), self._ids(prompt + text)
+        answer = ids[len(head) :] if ids[: len(head)] == head else self._ids(text)  # a token straddles
+        if eos not in answer[-2:]:  # a rendered chat may end in EOS and a line break
+            answer = [*answer, eos]
+        if bos is not None and (head + answer)[0] != bos and self._ids("a", special=True)[0] == bos:
+            head = [bos, *head]
+        return head + answer, [False] * len(head) + [True] * len(answer)
 
     def _dialogue(self, prompt: Turns | str, answer: Turns | str, row: Row) -> list[Tokens]:
         """Learn what the assistant says in the answer."""
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         messages, first = asked + turns, max(len(asked), 1)
-        roles = [message["role"] for message in messages]
-        said = [k for k, role in enumerate(roles) if role == "assistant" and k >= first]
+        said = [k for k, turn in enumerate(messages) if turn["role"] == "assistant" and k >= first]
         if not said:
-            found = f"{row.where} has the roles {', '.join(roles)}"
+            found = f"{row.where} has the roles {', '.join(turn['role'] for turn in messages)}"
             raise DataError(f"the 'assistant' is learned; {found}: rename a role, or remove it")
         if not (self.tokenizer.chat_template and self.tokenizer.is_fast):
             found = f"for {row.where} this one is slow or has none"
@@ -116,7 +106,7 @@ class Encoder:
                 closed = token in special or (closed and not self.tokenizer.decode([token]).strip())
             else:
                 learn[i] = closed = i > 0 and learn[i - 1] and not closed and token in special
-        return Tokens(ids, learn)
+        return ids, learn
 
     def _unrolled(self, messages: Turns, said: list[int], row: Row) -> list[Tokens]:
         """Render up to the last turn of `said`, and learn what reads there as it is generated.
@@ -134,15 +124,13 @@ class Encoder:
                 elif k < said[-1]:
                     rewritten.append(k)
                 else:
-                    raise DataError(
-                        f"an answer is rendered after its prompt, {asked[-30:]!r}; message {k + 1} "
-                        f"of {row.where} is not: add what the template expects there (a thought?), "
-                        "pass template_kwargs=, or mark {% generation %} in the template"
-                    )
+                    convention = f"an answer is rendered after its prompt, {asked[-30:]!r}"
+                    remedy = "add the thought that the template expects, or mark {% generation %} in it"
+                    raise DataError(f"{convention}; message {k + 1} of {row.where} is not: {remedy}")
             out = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             # a blank that ends the prompt may come trimmed to (a, a)
             learn = [any(a <= i < b and a < j for a, b in spans) for i, j in out["offset_mapping"]]
-            found.insert(0, Tokens(out["input_ids"], learn))
+            found.insert(0, (out["input_ids"], learn))
             said = rewritten
         return found
 

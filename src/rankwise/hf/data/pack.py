@@ -11,12 +11,12 @@ Legend: B rows of a batch, T tokens of its longest row.
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from rankwise.errors import DataError
@@ -36,22 +36,23 @@ def pack(examples: Examples, max_length: int = 1024) -> list[dict[str, np.ndarra
     """
     if examples.schema == "label":
         raise DataError("packed rows have a label a token; these have one a text: do not pack them")
-    bins: list[list[Example]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    rows: list[tuple[int, list[Example]]] = []  # free tokens and documents, sorted by the former
     for item in sorted(examples.items, key=len, reverse=True):
         if len(item) > max_length:
             found = f"{item.row.where} has {len(item)}"
             raise DataError(f"max_length is {max_length} tokens; {found}: give load() the same")
-        at = bisect_left(room, (len(item), -1))
-        free, index = room.pop(at) if at < len(room) else (max_length, len(bins))
-        if index == len(bins):
-            bins.append([])
-        bins[index].append(item)
-        insort(room, (free - len(item), index))
-    names = "input_ids", "labels", "position_ids"
-    columns = [[(e.input_ids, e.labels, np.arange(len(e))) for e in documents] for documents in bins]
-    joined = [map(np.concatenate, zip(*documents, strict=True)) for documents in columns]
-    return [dict(zip(names, row, strict=True)) for row in joined]
+        at = bisect_left(rows, len(item), key=itemgetter(0))
+        free, documents = rows.pop(at) if at < len(rows) else (max_length, [])
+        insort(rows, (free - len(item), [*documents, item]), key=itemgetter(0))
+    return [_joined(documents) for _, documents in rows]
+
+
+def _joined(documents: Sequence[Example]) -> dict[str, np.ndarray]:
+    return {
+        "input_ids": np.concatenate([e.input_ids for e in documents]),
+        "labels": np.concatenate([e.labels for e in documents]),
+        "position_ids": np.concatenate([np.arange(len(e)) for e in documents]),
+    }
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,10 @@ class Collator:
         tokenizer: Gives the padding id.
         packed: Whether rows hold several documents. (`Trainer` removes the position_ids of a model
             whose forward takes none: such a model cannot be packed.)
-        multiple_of: T is rounded up to a multiple of it (8 suits tensor cores).
     """
 
     tokenizer: Any
     packed: bool = False
-    multiple_of: int = 1
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return input_ids (B, T) and labels (B, T), or (B,) for classes.
@@ -79,20 +78,19 @@ class Collator:
         """
         pads = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0
         filler = next(token for token in pads if token is not None)
-
-        def padded(rows: Sequence[Any], fill: int) -> Tensor:
-            joined = pad_sequence([torch.as_tensor(row) for row in rows], True, fill)
-            return pad(joined, (0, -joined.shape[1] % self.multiple_of), value=fill).long()
-
         ids, labels = ([f[key] for f in features] for key in ("input_ids", "labels"))
-        labels = torch.tensor(labels) if isinstance(labels[0], int) else padded(labels, IGNORE)
-        batch = {"input_ids": padded(ids, filler), "labels": labels}
+        labels = torch.tensor(labels) if isinstance(labels[0], int) else _padded(labels, IGNORE)
+        batch = {"input_ids": _padded(ids, filler), "labels": labels}
         if not self.packed:
-            return {**batch, "attention_mask": padded([torch.ones(len(row)) for row in ids], 0)}
+            return {**batch, "attention_mask": _padded([np.ones(len(row)) for row in ids], 0)}
         if not all("position_ids" in f for f in features):
             raise DataError("packed rows have position_ids; these have none: use pack(examples)")
         # position 0 all along the padding: each of its tokens is a document of its own
-        return {**batch, "position_ids": padded([f["position_ids"] for f in features], 0), "use_cache": False}
+        return {**batch, "position_ids": _padded([f["position_ids"] for f in features], 0), "use_cache": False}
+
+
+def _padded(rows: Sequence[Any], fill: int) -> Tensor:
+    return pad_sequence([torch.as_tensor(row) for row in rows], True, fill).long()
 
 
 def check_packing(model: Any) -> None:

@@ -2,11 +2,9 @@
 
 import csv
 import json
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +29,10 @@ class Row:
 
     def text(self) -> str:
         """Return what the row says, white space evened and no system prompt, for comparing rows."""
-        words = []
-        for key in ("text", "prompt", "completion", "messages"):
-            value = self.fields.get(key) or ""
-            if isinstance(value, list):
-                value = "\n".join(str(m.get("content")) for m in value if m["role"] != "system")
-            words += value.split()
-        return " ".join(words)
+        values = [self.fields.get(key) or "" for key in ("text", "prompt", "completion", "messages")]
+        turns = [turn for value in values if isinstance(value, list) for turn in value]
+        said = [str(turn.get("content")) for turn in turns if turn["role"] != "system"]
+        return " ".join(" ".join([*said, *(value for value in values if isinstance(value, str))]).split())
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ class Table:
     Attributes:
         rows: The rows, in file order.
         schema: A key of `SCHEMAS`.
-        skipped: Files of a folder that have another suffix.
+        skipped: Files of a folder that have another suffix than those of data.
     """
 
     rows: list[Row]
@@ -62,17 +57,15 @@ class Table:
         return Dataset.from_list([{key: row.fields[key] for key in names} for row in self.rows])
 
 
-def read(path: str | Path, *, schema: str | None = None, suffix: str | None = None) -> Table:
+def read(path: str | Path, *, schema: str | None = None) -> Table:
     """Read a file, or every readable file of a folder, as rows of one schema.
 
     `.jsonl` and `.csv` hold a row a line, `.parquet` a table; a `.txt` file is *one document*.
-    Blank lines and blank documents are passed over, and so are hidden files of a folder.
+    Blank lines are passed over, and so are hidden files of a folder.
 
     Args:
         path: A file, or a folder that is searched through all its levels.
         schema: A key of `SCHEMAS`; by default the columns tell.
-        suffix: In a folder, read only files of this suffix; a file is read as if it had it. One
-            without a format of its own (".py", ".md") is read as plain text, like ".txt".
 
     Returns:
         The rows, with the place that each came from.
@@ -80,40 +73,37 @@ def read(path: str | Path, *, schema: str | None = None, suffix: str | None = No
     Raises:
         DataError: On a missing, empty or broken file, unknown or ambiguous columns, mixed schemas.
     """
-    root, suffix = Path(path), f".{suffix.lstrip('.')}" if suffix else None
-    rows, kinds = [], {}
-    files, skipped = _files(root, suffix)
-    for name in files:
-        for row in _rows(root / name if root.is_dir() else root, name, suffix):
-            kind = _schema(row, schema)
-            kinds.setdefault(kind, row.where)
-            if len(kinds) > 1:
-                found = " and ".join(f"{where} is {kind!r}" for kind, where in kinds.items())
-                raise DataError(f"rows have one schema; {found}: separate them, or pass schema=")
-            for key in SCHEMAS[kind] - {"label"}:
-                _check(row, key)
-            rows.append(row)
+    files = _files(Path(path))
+    skipped = tuple(name for name, file in files.items() if file.suffix not in _READERS)
+    if len(skipped) == len(files):
+        found = f"at {str(path)!r} there is {', '.join(skipped[:5]) or 'nothing'}"
+        raise DataError(f"data ends in {', '.join(_READERS)}; {found}: check the path, or rename plain text to .txt")
+    rows = [row for name, file in files.items() if name not in skipped for row in _rows(name, file)]
     if not rows:
         raise DataError(f"data holds at least one row; {path} is empty: fill it, or pass another")
-    return Table(rows, next(iter(kinds)), tuple(skipped))
+    kinds = {_schema(row, schema): row.where for row in rows}
+    if len(kinds) > 1:
+        found = " and ".join(f"{where} is {kind!r}" for kind, where in kinds.items())
+        raise DataError(f"rows have one schema; {found}: separate them, or pass schema=")
+    (kind,) = kinds
+    for row in rows:
+        for key in SCHEMAS[kind] - {"label"}:
+            _check(row, key)
+    return Table(rows, kind, skipped)
 
 
-def _files(root: Path, suffix: str | None) -> tuple[list[str], list[str]]:
-    known = (suffix,) if suffix else tuple(_READERS)
-    names = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
-    names = [root.name] if root.is_file() else sorted(filterfalse(_HIDDEN.search, names))
-    files = [n for n in names if n.endswith(known) or (suffix and root.is_file())]
-    if not files:
-        found = f"at {str(root)!r} there is {', '.join(names[:5]) or 'nothing'}"
-        remedy = "check the path, or pass suffix= to read other files as plain text"
-        raise DataError(f"data ends in {', '.join(known)}; {found}: {remedy}")
-    return files, sorted({*names} - {*files})
+def _files(root: Path) -> dict[str, Path]:
+    """Files by the name that errors give them: one, or those of a folder that are not hidden."""
+    if root.is_file():
+        return {root.name: root}
+    inside = {file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*")) if file.is_file()}
+    return {name: file for name, file in inside.items() if "/." not in f"/{name}"}
 
 
-def _rows(file: Path, name: str, suffix: str | None) -> Iterator[Row]:
+def _rows(name: str, file: Path) -> Iterator[Row]:
     place = "its start"
     try:
-        for place, fields in _READERS.get(suffix or file.suffix, _plain)(file):
+        for place, fields in _READERS[file.suffix](file):
             if isinstance(fields, bytes):
                 fields = json.loads(fields)
             if not isinstance(fields, dict):
@@ -125,9 +115,7 @@ def _rows(file: Path, name: str, suffix: str | None) -> Iterator[Row]:
 
 
 def _plain(file: Path) -> Iterator[tuple[str, Any]]:
-    text = file.read_text(encoding="utf-8-sig")
-    if text.strip():
-        yield "", {"text": text}
+    yield "", {"text": file.read_text(encoding="utf-8-sig")}
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, Any]]:
@@ -154,31 +142,28 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 _READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet, ".txt": _plain}
-_HIDDEN = re.compile(r"(^|/)(\.|__pycache__/)")
 
 
 def _schema(row: Row, wanted: str | None) -> str:
-    have = set(row.fields)
-    fits = [kind for kind, need in SCHEMAS.items() if need <= have and wanted in (None, kind)]
+    fits = [kind for kind, need in SCHEMAS.items() if need <= row.fields.keys() and wanted in (None, kind)]
     best = [kind for kind in fits if not any(SCHEMAS[kind] < SCHEMAS[other] for other in fits)]
     if len(best) == 1:
         return best[0]
-    known = ", ".join(f"{kind} ({' + '.join(sorted(SCHEMAS[kind]))})" for kind in SCHEMAS)
-    fits = " and ".join(best) or f"not {wanted or 'one of them'}"
-    found = f"{row.where} has {' + '.join(sorted(have))}, which is {fits}"
+    known = ", ".join(f"{kind} ({' + '.join(sorted(need))})" for kind, need in SCHEMAS.items())
+    which = " and ".join(best) or f"not {wanted or 'one of them'}"
+    found = f"{row.where} has {' + '.join(sorted(row.fields))}, which is {which}"
     raise DataError(f"columns tell one schema, {known}; {found}: rename them, or pass schema=")
 
 
 def _check(row: Row, key: str) -> None:
     """Raise unless a column holds text or a conversation."""
-    value = row.fields[key]
-    empty, found = not value or str(value).isspace(), f"{row.where} has {value!r:.80}"
-    if isinstance(value, list) and key != "text":
-        if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
-            raise DataError(f"a message has a 'role' and 'content'; {found}: rename its keys")
-    elif key == "messages" or not isinstance(value, str):
-        kind = "a list of messages" if key == "messages" else "text"
-        raise DataError(f"{key!r} is {kind}; {found}: mend or remove it")
-    if (empty and key != "prompt") or (key == "chosen" and value == row.fields["rejected"]):
-        fault = f"{key!r} of {row.where} is {'empty' if empty else 'equal to the rejected'}"
-        raise DataError(f"a row has something to learn; {fault}: mend or remove it")
+    value, kind = row.fields[key], "text"
+    good = isinstance(value, str)
+    if key == "messages" or (key != "text" and isinstance(value, list)):
+        kind = "a list of messages, each with a 'role' and 'content'"
+        good = isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
+    if not good:
+        raise DataError(f"{key!r} is {kind}; {row.where} has {value!r:.80}: mend or remove it")
+    if key != "prompt" and (not value or str(value).isspace() or (key == "chosen" and value == row.fields["rejected"])):
+        found = f"{key!r} of {row.where} is empty, or equal to the rejected"
+        raise DataError(f"a row has something to learn; {found}: mend or remove it")
