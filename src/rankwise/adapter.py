@@ -16,8 +16,6 @@ from rankwise.activity import Activity, Choice, Record, Routing
 from rankwise.host import ParameterHost, Site
 from rankwise.structures import Factor, Structure
 
-LAYER = "layer"
-
 
 @final
 class SiteFactors(nn.Module):
@@ -34,9 +32,7 @@ class SiteFactors(nn.Module):
         super().__init__()
         self.site, self.structure, self.dropout = site, structure, dropout
         for name, factor in self.described.items():
-            self.register_parameter(
-                name, nn.Parameter(values[name], requires_grad=trainable and factor.trainable)
-            )
+            self.register_parameter(name, nn.Parameter(values[name], requires_grad=trainable and factor.trainable))
 
     def factors(self) -> dict[str, Tensor]:
         """The live factors by name."""
@@ -138,7 +134,7 @@ def adapted_value(module: nn.Module, name: str) -> Tensor:
     w = host.weight()
     for level in levels:
         w = level.structure.weight(level.factors(), w)
-    value = host.value(w)
+    value = host.tensor(w).to(host.dtype)
     holder.note(choice, value)
     return value
 

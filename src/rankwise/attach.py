@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from rankwise import io
 from rankwise._recipe import Recipe
 from rankwise.activity import Chosen, Routing, normalise
-from rankwise.adapter import LAYER, Adapters, Placement, Registry, SiteFactors
+from rankwise.adapter import Adapters, Placement, Registry, SiteFactors
 from rankwise.errors import AttachError, ModelTypeError, UnknownName
 from rankwise.graft import Grafted, bound_to_class, put, remove
-from rankwise.host import ParameterHost, Site, kind_of
+from rankwise.host import Site, host_of, kind_of
 from rankwise.registry import encode
 from rankwise.structures import Structure
 from rankwise.targets import TargetReport, base_modules, output_head, report, resolve
@@ -182,9 +182,7 @@ def check_model(model: nn.Module, trainable: bool = True) -> None:
             f"its adapter."
         )
     if any(c.__module__.startswith("peft.") for m in model.modules() for c in type(m).__mro__):
-        raise ModelTypeError(
-            "attach takes the plain model; this one holds PEFT layers. Load the base afresh."
-        )
+        raise ModelTypeError("attach takes the plain model; this one holds PEFT layers. Load the base afresh.")
     for path, module in model.named_modules():
         here = path or "the model"
         if hasattr(module, "_orig_mod"):
@@ -216,9 +214,7 @@ def check_model(model: nn.Module, trainable: bool = True) -> None:
                 "Attach first, or use FSDP2 (torch.distributed.fsdp.fully_shard)."
             )
         if parameter.device.type == "meta":
-            raise AttachError(
-                f"attach needs real weights; {name} is on the meta device. Load the model first."
-            )
+            raise AttachError(f"attach needs real weights; {name} is on the meta device. Load the model first.")
 
 
 def _close_fast_paths(model: nn.Module) -> None:
@@ -253,14 +249,7 @@ def _hide_from_checkpoints(model: nn.Module) -> None:
 # -- attach and load --------------------------------------------------------------------------
 
 
-def _host(module: nn.Module, slot: str) -> Any:
-    kind = kind_of(module) if slot == LAYER else None
-    return kind(module) if kind is not None else ParameterHost(module, slot)
-
-
-def _start(
-    recipe: Recipe, placement: Placement, host: Any, stats: Mapping[str, Any] | None
-) -> dict[str, Tensor]:
+def _start(recipe: Recipe, placement: Placement, host: Any, stats: Mapping[str, Any] | None) -> dict[str, Tensor]:
     """Starting values at one site, in the dtype and on the device where they will live."""
     site = placement.site
 
@@ -307,9 +296,7 @@ def install(
     registry = _find(model) or Registry()
     sites: dict[str, SiteFactors] = {}
     for placement, tensors in zip(placements, values, strict=True):
-        factors = SiteFactors(
-            placement.site, placement.structure, tensors, recipe.dropout, trainable
-        )
+        factors = SiteFactors(placement.site, placement.structure, tensors, recipe.dropout, trainable)
         factors.train(model.training)
         sites[placement.site.name] = factors
         for path, slot, transposed in placement.carriers:
@@ -332,13 +319,10 @@ def check_name(model: nn.Module, name: str) -> None:
         AttachError: it is.
     """
     if not name.isidentifier() or hasattr(Adapters(Registry()), name):
-        raise AttachError(
-            f'An adapter\'s name is a plain identifier that no module uses itself; found "{name}".'
-        )
+        raise AttachError(f'An adapter\'s name is a plain identifier that no module uses itself; found "{name}".')
     if name in adapters(model):
         raise AttachError(
-            f'An adapter named "{name}" is attached already; give this one another name, or detach '
-            f"the first."
+            f'An adapter named "{name}" is attached already; give this one another name, or detach the first.'
         )
 
 
@@ -403,7 +387,7 @@ def attach(
         values = []
         for placement in placements:
             path, slot, _ = placement.carriers[0]
-            values.append(_start(recipe, placement, _host(modules[path], slot), stats))
+            values.append(_start(recipe, placement, host_of(modules[path], slot), stats))
     if freeze:
         freeze_base(model)
     return install(model, name, recipe, placements, values, trainable=True)
@@ -471,7 +455,7 @@ def load(
     with _tied_again_on_error(model, saved.recipe):
         for placement in saved.placements:
             module, slot, _ = io.carried(model, placement)[0]
-            device = _host(module, slot).parameter().device
+            device = host_of(module, slot).parameter().device
             tensors = saved.tensors[placement.site.name]
             values.append({k: v.to(device) for k, v in tensors.items()})
         prepare(base_modules(model).values())
@@ -536,6 +520,5 @@ def _check_known(registry: Registry, names: Sequence[str]) -> None:
     unknown = [n for n in names if n not in registry.adapters]
     if unknown:
         raise UnknownName(
-            f"Only attached adapters can be active; found {unknown}, attached: "
-            f"{list(registry.adapters)}."
+            f"Only attached adapters can be active; found {unknown}, attached: {list(registry.adapters)}."
         )

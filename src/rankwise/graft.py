@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.activity import Routing
-from rankwise.adapter import LAYER, Adapters, SiteFactors, adapted_value, normal
-from rankwise.host import Adapted, Host, LayerHost, TransposedHost, kind_of
+from rankwise.adapter import Adapters, SiteFactors, adapted_value, normal
+from rankwise.host import LAYER, Adapted, Host, LayerHost, TransposedHost, kind_of
 
 
 class Grafted:
@@ -65,10 +65,7 @@ def run_routed(holder: Adapters, rows: tuple[str | None, ...], base: Host, x: Te
             pieces.append(base(part))
         else:
             levels = [found[rows[i]][0] for i in members]
-            stacked = {
-                k: torch.stack([level.factors()[k] for level in levels])
-                for k in levels[0].factors()
-            }
+            stacked = {k: torch.stack([level.factors()[k] for level in levels]) for k in levels[0].factors()}
             base.dropout = levels[0].p
             pieces.append(levels[0].structure.apply(stacked, part, base))
         order += members
@@ -172,11 +169,7 @@ def bound_to_class(module: nn.Module) -> bool:
     accelerate leaves one behind where it takes its hook off.
     """
     forward = module.__dict__.get("forward")
-    return (
-        isinstance(forward, MethodType)
-        and forward.__self__ is module
-        and forward.__func__ is type(module).forward
-    )
+    return isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
 
 
 def _drop_bound_forward(module: nn.Module) -> None:

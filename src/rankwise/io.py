@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankwise._recipe import Recipe
-from rankwise.adapter import LAYER, Placement, SiteFactors
+from rankwise.adapter import Placement, SiteFactors
 from rankwise.errors import BaseMismatch, FileFormatError, RankwiseError, SaveError
-from rankwise.host import ParameterHost, Site, kind_of
+from rankwise.host import LAYER, Site, host_of, kind_of
 from rankwise.registry import check_fields, decode, encode, known_classes
 from rankwise.structures import Replace, Structure, TokenRows
 
@@ -96,9 +96,7 @@ def fingerprint(model: nn.Module, placements: Iterable[Placement]) -> dict[str, 
     return found
 
 
-def check_base(
-    model: nn.Module, placements: Iterable[Placement], base: Mapping[str, Any], any_base: bool
-) -> None:
+def check_base(model: nn.Module, placements: Iterable[Placement], base: Mapping[str, Any], any_base: bool) -> None:
     """Refuse a base whose values are not those that the adapter was trained on.
 
     Raises:
@@ -173,11 +171,7 @@ def _save(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> Non
 def encode_placements(placements: Iterable[Placement]) -> list[Any]:
     """Placements as JSON."""
     return [
-        [
-            {k: getattr(p.site, k) for k in Site.__dataclass_fields__},
-            encode(p.structure),
-            p.carriers,
-        ]
+        [{k: getattr(p.site, k) for k in Site.__dataclass_fields__}, encode(p.structure), p.carriers]
         for p in placements
     ]
 
@@ -259,14 +253,7 @@ def read(path: str | Path, known: Iterable[type] = ()) -> Saved:
     except FileFormatError:
         raise
     # whatever a damaged or hostile header leads to: unknown fields, clashing axes, other types
-    except (
-        RankwiseError,
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except (RankwiseError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise FileFormatError(f"The recipe or the sites in {file} do not fit ({error}).") from error
     return Saved(made, placements, tensors, base, version)
 
@@ -291,9 +278,7 @@ def _placement(facts: Any, structure: Any, carriers: Any, classes: Mapping[str, 
     return Placement(site, made, tuple((str(p), str(s), bool(t)) for p, s, t in carriers))
 
 
-def _checked(
-    file: Path, placements: Iterable[Placement], flat: dict[str, Tensor]
-) -> dict[str, dict[str, Tensor]]:
+def _checked(file: Path, placements: Iterable[Placement], flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors by site and factor, every one declared and every declared one there."""
     found: dict[str, dict[str, Tensor]] = {}
     for placement in placements:
@@ -309,8 +294,7 @@ def _checked(
             tensor = flat.pop(key)
             if tuple(tensor.shape) != shape:
                 raise FileFormatError(
-                    f"The recipe of {file} asks for {key} of shape {shape}; the file holds "
-                    f"{tuple(tensor.shape)}."
+                    f"The recipe of {file} asks for {key} of shape {shape}; the file holds {tuple(tensor.shape)}."
                 )
             if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
                 raise FileFormatError(f"{key} in {file} holds NaN, infinity or integers.")
@@ -331,19 +315,14 @@ def carried(model: nn.Module, placement: Placement) -> list[tuple[nn.Module, str
     for path, slot, transposed in placement.carriers:
         module = modules.get(path)
         name = "weight" if slot == LAYER else slot
-        if (
-            module is None
-            or name not in module._parameters
-            or (slot == LAYER and kind_of(module) is None)
-        ):
+        if module is None or name not in module._parameters or (slot == LAYER and kind_of(module) is None):
             raise BaseMismatch(
                 f"The adapter sits on {path or 'the model itself'} ({name}), which this model does "
                 f"not have. Load it on the model that it was made for."
             )
         found.append((module, slot, transposed))
     module, slot, _ = found[0]
-    kind = kind_of(module) if slot == LAYER else None
-    site = kind(module).site("") if kind else ParameterHost(module, slot).site("")
+    site = host_of(module, slot).site("")
     want = placement.site
     if any(getattr(site, k) != getattr(want, k) for k in ("kind", "rows", "cols", "stack")):
         raise BaseMismatch(

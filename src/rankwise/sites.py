@@ -37,9 +37,7 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.match not in get_args(Match):
-            raise IncompatibleAxes(
-                f'Target.match is one of {get_args(Match)}; found "{self.match}".'
-            )
+            raise IncompatibleAxes(f'Target.match is one of {get_args(Match)}; found "{self.match}".')
         if self.match == "role" and self.pattern not in ROLES:
             raise IncompatibleAxes(f'A role is one of {ROLES}; found "{self.pattern}".')
         if self.match == "regex":
@@ -66,9 +64,7 @@ class Target:
         if isinstance(value, type):
             return cls(value.__name__, "class")
         if not isinstance(value, str):
-            raise IncompatibleAxes(
-                f"A pattern is text, a compiled regex, a module class or a Target; found {value!r}."
-            )
+            raise IncompatibleAxes(f"A pattern is text, a compiled regex, a module class or a Target; found {value!r}.")
         if value in ROLES:
             return cls(value, "role")
         return cls(value, "glob" if any(c in value for c in "*?[") else "suffix")
@@ -86,11 +82,7 @@ class Target:
         return name == self.pattern or name.endswith("." + self.pattern)
 
     def __str__(self) -> str:
-        text = (
-            self.pattern
-            if self.match in ("suffix", "glob", "role")
-            else (f"{self.match} {self.pattern}")
-        )
+        text = self.pattern if self.match in ("suffix", "glob", "role") else (f"{self.match} {self.pattern}")
         return f"{text} (optional)" if self.optional else text
 
 
@@ -162,8 +154,7 @@ class Sites:
         if self.layers is not None:
             if isinstance(self.layers, int):
                 raise IncompatibleAxes(
-                    f"Layers are several indices; found one, {self.layers}. "
-                    f"Write layers=({self.layers},)."
+                    f"Layers are several indices; found one, {self.layers}. Write layers=({self.layers},)."
                 )
             put("layers", tuple(self.layers))
         if isinstance(self.overrides, Mapping):
@@ -173,10 +164,6 @@ class Sites:
         if isinstance(self.parts, Mapping):
             put("parts", tuple((Target.of(k), tuple(v)) for k, v in self.parts.items()))
         if self.tied not in ("refuse", "tie", "untie"):
-            raise IncompatibleAxes(
-                f'Sites.tied is "refuse", "tie" or "untie"; found "{self.tied}".'
-            )
+            raise IncompatibleAxes(f'Sites.tied is "refuse", "tie" or "untie"; found "{self.tied}".')
         if not (self.targets or self.train or self.tokens):
-            raise IncompatibleAxes(
-                "An adapter needs somewhere to go: targets, train or tokens; found none of them."
-            )
+            raise IncompatibleAxes("An adapter needs somewhere to go: targets, train or tokens; found none of them.")

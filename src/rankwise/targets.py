@@ -10,15 +10,9 @@ from typing import Any, final
 
 from torch import nn
 
-from rankwise.adapter import LAYER, Adapters, Placement
-from rankwise.errors import (
-    IncompatibleAxes,
-    RankwiseError,
-    TargetError,
-    TiedWeights,
-    WeightFormatError,
-)
-from rankwise.host import ParameterHost, Site, kind_of
+from rankwise.adapter import Adapters, Placement
+from rankwise.errors import IncompatibleAxes, RankwiseError, TargetError, TiedWeights, WeightFormatError
+from rankwise.host import LAYER, ParameterHost, Site, kind_of
 from rankwise.sites import Sites, Target
 from rankwise.structures import Replace, Rows, Stack, Structure, TokenRows
 
@@ -153,14 +147,10 @@ def _nearest(target: Target, names: Sequence[str]) -> str:
     ends = sorted({n.rsplit(".", 1)[-1] for n in names})
     last = target.pattern.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(last, ends, n=3, cutoff=0.5)
-    return (
-        f"Nearest names: {', '.join(close)}." if close else f"Names here: {', '.join(ends[:12])}."
-    )
+    return f"Nearest names: {', '.join(close)}." if close else f"Names here: {', '.join(ends[:12])}."
 
 
-def _must_match(
-    target: Target, hits: Sequence[object], found: Sequence[Candidate], what: str
-) -> None:
+def _must_match(target: Target, hits: Sequence[object], found: Sequence[Candidate], what: str) -> None:
     if hits or target.optional:
         return
     kinds = sorted({f"{c.classes[0]} ({c.site.kind})" for c in found})
@@ -187,9 +177,7 @@ def _selected(sites: Sites, found: list[Candidate]) -> list[Candidate]:
                 f"Every index of layers must be a block with a target; found no block {missing} "
                 f"(blocks here: {sorted(i for i in there if i is not None)})."
             )
-        names = {
-            c.site.name for c in found if c.site.name in names and c.site.layer in sites.layers
-        }
+        names = {c.site.name for c in found if c.site.name in names and c.site.layer in sites.layers}
     return [c for c in found if c.site.name in names]
 
 
@@ -235,9 +223,7 @@ def _spans(model: nn.Module, site: Site, parts: Sequence[Any]) -> tuple[tuple[st
             f"row + 1); found {list(parts)} for {site.name}."
         )
     if sum(sizes.values()) != site.rows:
-        raise TargetError(
-            f"The {site.rows} rows of {site.name} do not split into {list(sizes)}; give row ranges."
-        )
+        raise TargetError(f"The {site.rows} rows of {site.name} do not split into {list(sizes)}; give row ranges.")
     spans, start = {}, 0
     for name, size in sizes.items():
         spans[name] = (name, start, start + size)
@@ -307,9 +293,7 @@ def _whole(model: nn.Module, sites: Sites) -> Iterator[tuple[Target, Placement]]
             own = path != "" and target.accepts(path, classes, ())
             for name, parameter in module._parameters.items():
                 full = f"{dot}{name}"
-                if parameter is None or not (
-                    own or _within(target, full, modules) or target.accepts(full, (), ())
-                ):
+                if parameter is None or not (own or _within(target, full, modules) or target.accepts(full, (), ())):
                     continue
                 if not parameter.is_floating_point():
                     raise TargetError(
@@ -331,11 +315,7 @@ def _within(target: Target, full: str, modules: Mapping[str, nn.Module]) -> bool
     """Whether some module around the parameter is the one meant."""
     parts = full.split(".")
     paths = (".".join(parts[:i]) for i in range(1, len(parts)))
-    return any(
-        target.accepts(p, [k.__name__ for k in type(modules[p]).__mro__], ())
-        for p in paths
-        if p in modules
-    )
+    return any(target.accepts(p, [k.__name__ for k in type(modules[p]).__mro__], ()) for p in paths if p in modules)
 
 
 def resolve(model: nn.Module, structure: Structure, sites: Sites) -> tuple[Placement, ...]:
@@ -383,9 +363,7 @@ def resolve(model: nn.Module, structure: Structure, sites: Sites) -> tuple[Place
     for placement in {p.site.name: p for _, p in _whole(model, sites)}.values():
         path, name, _ = placement.carriers[0]
         if path in taken and name == "weight":
-            raise TargetError(
-                f"{path} is both a target and trained whole; exclude it from one of the two."
-            )
+            raise TargetError(f"{path} is both a target and trained whole; exclude it from one of the two.")
         result.append(placement)
     if not result:
         raise TargetError("The patterns leave nothing to adapt. See rw.targets(model).")

@@ -6,8 +6,9 @@ from rankwise.host.conv import ConvHost
 from rankwise.host.embedding import EmbeddingHost
 from rankwise.host.linear import Conv1DHost, LinearHost
 from rankwise.host.parameter import ParameterHost, TransposedHost
-from rankwise.host.site import Adapted, Host, LayerHost, Site
+from rankwise.host.site import Adapted, Host, LayerHost, Site, Stored
 
+LAYER = "layer"  # the slot of a layer's weight; that of a bare parameter is its name
 KINDS: tuple[type[LayerHost], ...] = (LinearHost, Conv1DHost, ConvHost, EmbeddingHost)
 
 
@@ -16,8 +17,15 @@ def kind_of(module: nn.Module) -> type[LayerHost] | None:
     return next((kind for kind in KINDS if kind.claims(module)), None)
 
 
+def host_of(module: nn.Module, slot: str) -> LayerHost | ParameterHost:
+    """The host of a slot of a module: "layer", or the name of a bare parameter."""
+    kind = kind_of(module) if slot == LAYER else None
+    return kind(module) if kind else ParameterHost(module, slot)
+
+
 __all__ = [
     "KINDS",
+    "LAYER",
     "Adapted",
     "Conv1DHost",
     "ConvHost",
@@ -27,6 +35,8 @@ __all__ = [
     "LinearHost",
     "ParameterHost",
     "Site",
+    "Stored",
     "TransposedHost",
+    "host_of",
     "kind_of",
 ]

@@ -16,34 +16,26 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from rankwise.host.site import PlainHost, Site
+from rankwise.host.site import LayerHost, Site
 from rankwise.ops import Dense, LinearOperator
 
 _CONV = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
-_TRANSPOSED = {
-    1: nn.functional.conv_transpose1d,
-    2: nn.functional.conv_transpose2d,
-    3: nn.functional.conv_transpose3d,
-}
+_TRANSPOSED = {1: nn.functional.conv_transpose1d, 2: nn.functional.conv_transpose2d, 3: nn.functional.conv_transpose3d}
 
 
 @final
-class ConvHost(PlainHost):
+class ConvHost(LayerHost):
     """``nn.Conv1d/2d/3d`` and ``nn.ConvTranspose1d/2d/3d``."""
 
     kind = "conv"
 
-    def __init__(
-        self, module: nn.Module, dropout: float = 0.0, output_size: list[int] | None = None
-    ) -> None:
+    def __init__(self, module: nn.Module, dropout: float = 0.0, output_size: list[int] | None = None) -> None:
         super().__init__(module, dropout)
         self.output_size = output_size
 
     @staticmethod
     def claims(module: nn.Module) -> bool:
-        return isinstance(module, nn.modules.conv._ConvNd) and not isinstance(
-            module.weight, nn.UninitializedParameter
-        )
+        return isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module.weight, nn.UninitializedParameter)
 
     def site(self, name: str) -> Site:
         m = self.module
@@ -53,8 +45,7 @@ class ConvHost(PlainHost):
 
     # -- matrix <-> kernel ------------------------------------------------------------------
 
-    def _kernel(self, w: Tensor) -> Tensor:
-        """The matrix (*batch, out, in/g * k) as the weight of a convolution, batch folded away."""
+    def tensor(self, w: Tensor) -> Tensor:  # (*batch, out, in/g * k); a batch is folded away
         m = self.module
         out, size = w.shape[-2], m.in_channels // m.groups
         if not m.transposed:
@@ -62,19 +53,11 @@ class ConvHost(PlainHost):
         w = w.reshape(-1, out // m.groups, size, *m.kernel_size)  # (batch * g, out/g, in/g, *k)
         return w.transpose(1, 2).reshape(-1, out // m.groups, *m.kernel_size)
 
-    def weight(self) -> Tensor:
+    def matrix(self, tensor: Tensor) -> Tensor:
         m = self.module
-        w = m.weight
         if m.transposed:
-            w = w.unflatten(0, (m.groups, -1)).transpose(1, 2)  # (g, out/g, in/g, *k)
-        return w.reshape(m.out_channels, -1)
-
-    def stored(self, w: Tensor) -> Tensor:
-        return w.to(self.dtype)
-
-    @torch.no_grad()
-    def write(self, w: Tensor) -> None:
-        self.parameter().copy_(self._kernel(w))
+            tensor = tensor.unflatten(0, (m.groups, -1)).transpose(1, 2)  # (g, out/g, in/g, *k)
+        return tensor.reshape(m.out_channels, -1)
 
     # -- the map ----------------------------------------------------------------------------
 
@@ -83,12 +66,8 @@ class ConvHost(PlainHost):
         dims, groups = len(m.kernel_size), m.groups * folds
         if m.transposed:
             # a folded batch changes the channel dim only, never the spatial size
-            extra = m._output_padding(
-                x, self.output_size, m.stride, m.padding, m.kernel_size, dims, m.dilation
-            )
-            return _TRANSPOSED[dims](
-                x, kernel, None, m.stride, m.padding, extra, groups, m.dilation
-            )
+            extra = m._output_padding(x, self.output_size, m.stride, m.padding, m.kernel_size, dims, m.dilation)
+            return _TRANSPOSED[dims](x, kernel, None, m.stride, m.padding, extra, groups, m.dilation)
         if m.padding_mode == "zeros":
             return _CONV[dims](x, kernel, None, m.stride, m.padding, m.dilation, groups)
         x = nn.functional.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
@@ -106,17 +85,14 @@ class ConvHost(PlainHost):
         folds = first.shape[0] if batched else 1
         h = x.reshape(1, -1, *x.shape[2:]) if batched else x
         if pair is None or dense:
-            y = self._convolve(h, self._kernel(first.to(x.dtype)), folds)
+            y = self._convolve(h, self.tensor(first.to(x.dtype)), folds)
         else:
             right = pair.right.to(x.dtype)  # the same in every group
-            h = self._convolve(h, self._kernel(torch.cat([right] * m.groups, dim=-2)), folds)
+            h = self._convolve(h, self.tensor(torch.cat([right] * m.groups, dim=-2)), folds)
             left = pair.left.to(x.dtype).flatten(0, -2)  # (batch * out, r)
             ones = (1,) * len(m.kernel_size)
             y = _CONV[len(ones)](h, left.reshape(*left.shape, *ones), groups=m.groups * folds)
         return y.reshape(folds, rows, *y.shape[2:]) if batched else y
-
-    def drop(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, self.dropout) if self.dropout else x
 
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         w = self.weight()

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from rankwise.errors import TargetError
 from rankwise.host.linear import scale_last
-from rankwise.host.site import PlainHost, Site
+from rankwise.host.site import LayerHost, Site
 from rankwise.ops import Dense, LinearOperator
 from rankwise.ops.operator import gather_rows
 
 
 @final
-class EmbeddingHost(PlainHost):
+class EmbeddingHost(LayerHost):
     """``nn.Embedding`` and its scaled subclasses."""
 
     kind = "embedding"
@@ -53,38 +53,23 @@ class EmbeddingHost(PlainHost):
         y = nn.functional.dropout(y, self.dropout) if self.dropout else y
         return self._scaled(y.reshape(*x.shape, y.shape[-1]))
 
-    def weight(self) -> Tensor:
-        return self.module.weight.mT
+    def matrix(self, tensor: Tensor) -> Tensor:
+        return tensor.mT
 
-    def drop(self, x: Tensor) -> Tensor:
-        return x
+    def tensor(self, w: Tensor) -> Tensor:
+        table, pad = w.mT, self.module.padding_idx
+        if pad is not None:
+            table = table.clone()
+            table[pad] = self.module.weight[pad]
+        return table
 
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         w = self.weight()
         return self.mv(Dense(op.T.mv(w.to(torch.promote_types(w.dtype, torch.float32)))), x)
 
-    def _padding(self, x: Tensor) -> Tensor | None:
-        pad = self.module.padding_idx
-        return None if pad is None else (x == pad).unsqueeze(-1)
-
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
-        pad = self._padding(x)
-        return y if pad is None else torch.where(pad, self(x), y)
-
-    def keep_padding(self, w: Tensor) -> Tensor:
-        """The matrix with the base's own padding row."""
         pad = self.module.padding_idx
-        if pad is not None:
-            w = w.clone()
-            w[:, pad] = self.weight()[:, pad].to(w.dtype)
-        return w
-
-    def stored(self, w: Tensor) -> Tensor:
-        return self.keep_padding(w.to(self.dtype))
-
-    @torch.no_grad()
-    def write(self, w: Tensor) -> None:
-        self.parameter().copy_(self.stored(w).mT)
+        return y if pad is None else torch.where((x == pad).unsqueeze(-1), self(x), y)
 
     def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return scale_last(run(x), scale)

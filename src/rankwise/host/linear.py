@@ -6,14 +6,13 @@ Shapes: x (*batch, tokens, in), W (out, in); Conv1D stores (in, out).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.host.site import LayerHost, PlainHost, Site, flat_tokens
+from rankwise.host.site import LayerHost, Site, flat_tokens
 from rankwise.ops import LinearOperator
-from rankwise.weights import weight_of
 
 
 def scale_last(y: Tensor, scale: Tensor) -> Tensor:
@@ -22,20 +21,11 @@ def scale_last(y: Tensor, scale: Tensor) -> Tensor:
     return y * scale.to(y.dtype).reshape(shape)
 
 
-def overwrite_outputs(y: Tensor, x: Tensor, index: tuple[int, ...], rows: Tensor) -> Tensor:
-    """Replace the output units ``index`` of a linear layer: y[..., index] = x @ rows.T."""
-    where = torch.tensor(index, device=y.device)
-    return y.index_copy(-1, where, (x @ rows.to(x.dtype).mT).to(y.dtype))
-
-
 class _MatrixHost(LayerHost):
     """What Linear and Conv1D share: an operator acts on the last dim."""
 
     def mv(self, op: LinearOperator, x: Tensor) -> Tensor:
         return op.mv(flat_tokens(x)).reshape(*x.shape[:-1], op.shape[0])
-
-    def drop(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, self.dropout) if self.dropout else x
 
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         return self(op.mv(flat_tokens(x)).reshape(x.shape))
@@ -48,7 +38,8 @@ class _MatrixHost(LayerHost):
         return scale_last(run(x), scale)
 
     def overwrite(self, y: Tensor, x: Tensor, index: tuple[int, ...], rows: Tensor) -> Tensor:
-        return overwrite_outputs(y, x, index, rows)
+        where = torch.tensor(index, device=y.device)  # y[..., index] = x @ rows.T
+        return y.index_copy(-1, where, (x @ rows.to(x.dtype).mT).to(y.dtype))
 
 
 @final
@@ -57,53 +48,34 @@ class LinearHost(_MatrixHost):
 
     kind = "linear"
 
-    def __init__(self, module: nn.Module, dropout: float = 0.0) -> None:
-        super().__init__(module, dropout)
-        self.stored_weight = weight_of(module)
-
     @staticmethod
     def claims(module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
 
     def site(self, name: str) -> Site:
-        out, in_ = self.stored_weight.shape
+        out, in_ = self.module.out_features, self.module.in_features  # a packed weight has another shape
         return Site(name, self.kind, out, in_, shape=(out, in_))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.stored_weight.matmul(x)
+        return self.storage.matmul(x)
 
-    def weight(self) -> Tensor:
-        return self.stored_weight.dense()
+    def matrix(self, tensor: Tensor) -> Tensor:
+        return tensor
 
-    def stored(self, w: Tensor) -> Tensor:
-        return self.stored_weight.stored(w)
-
-    def write(self, w: Tensor) -> None:
-        self.stored_weight.write(w)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.stored_weight.dtype
-
-    def snapshot(self) -> object:
-        return self.stored_weight.snapshot()
-
-    def restore(self, bits: Any) -> None:
-        self.stored_weight.restore(bits)
+    def tensor(self, w: Tensor) -> Tensor:
+        return w
 
 
 @final
-class Conv1DHost(_MatrixHost, PlainHost):
+class Conv1DHost(_MatrixHost):
     """transformers' ``Conv1D`` (GPT-2): a linear layer that stores (in, out)."""
 
     kind = "linear"
 
     @staticmethod
     def claims(module: nn.Module) -> bool:
-        return any(
-            c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"
-            for c in type(module).__mro__
-        )
+        names = {(c.__module__, c.__name__) for c in type(module).__mro__}
+        return ("transformers.pytorch_utils", "Conv1D") in names
 
     def site(self, name: str) -> Site:
         in_, out = self.module.weight.shape
@@ -112,12 +84,8 @@ class Conv1DHost(_MatrixHost, PlainHost):
     def __call__(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.module.weight.mT)
 
-    def weight(self) -> Tensor:
-        return self.module.weight.mT
+    def matrix(self, tensor: Tensor) -> Tensor:
+        return tensor.mT
 
-    def stored(self, w: Tensor) -> Tensor:
-        return w.to(self.dtype)
-
-    @torch.no_grad()
-    def write(self, w: Tensor) -> None:
-        self.parameter().copy_(w.mT)
+    def tensor(self, w: Tensor) -> Tensor:
+        return w.mT

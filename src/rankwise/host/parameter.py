@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import final
 
-import torch
 from torch import Tensor, nn
 
 from rankwise.host.linear import scale_last
-from rankwise.host.site import Host, Site
+from rankwise.host.site import Host, Site, Stored
 from rankwise.ops import LinearOperator
+from rankwise.weights import weight_of
 
 
 @final
-class ParameterHost:
+class ParameterHost(Stored):
     """One named parameter of a module.
 
     Args:
@@ -30,59 +30,23 @@ class ParameterHost:
     kind = "parameter"
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        self.module, self.name = module, name
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the module stores expert matrices as (E, in, out)."""
-        return self.parameter().dim() == 3 and bool(getattr(self.module, "is_transposed", False))
-
-    def parameter(self) -> nn.Parameter:
-        """The parameter itself, to tell shared weights."""
-        parameter = self.module._parameters[self.name]
-        assert parameter is not None
-        return parameter
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The parameter's dtype."""
-        return self.parameter().dtype
+        self.storage = weight_of(module, name)
+        expert = self.parameter().dim() == 3
+        self.transposed = expert and bool(getattr(module, "is_transposed", False))  # stored (E, in, out)
 
     def site(self, name: str) -> Site:
-        """The facts of the parameter; 1-d ones have rows only."""
         shape = tuple(self.parameter().shape)
         if len(shape) == 3:
             out, in_ = (shape[2], shape[1]) if self.transposed else shape[1:]
             return Site(name, self.kind, out, in_, shape=shape, stack=shape[0])
-        rows = shape[0] if shape else 1
+        rows = shape[0] if shape else 1  # 1-d ones have rows only
         return Site(name, self.kind, rows, shape[1] if len(shape) == 2 else 1, shape=shape)
 
-    def weight(self) -> Tensor:
-        """The matrix (out, in) or the stack (E, out, in)."""
-        parameter = self.parameter()
-        return parameter.mT if self.transposed else parameter
+    def matrix(self, tensor: Tensor) -> Tensor:
+        return tensor.mT if self.transposed else tensor
 
-    def value(self, w: Tensor) -> Tensor:
-        """The matrix in the parameter's own layout and dtype."""
-        return (w.mT if self.transposed else w).to(self.dtype)
-
-    def stored(self, w: Tensor) -> Tensor:
-        """The matrix that would be read back after ``write(w)``."""
-        return w.to(self.dtype)
-
-    @torch.no_grad()
-    def write(self, w: Tensor) -> None:
-        """Store the matrix: merging, once."""
-        self.parameter().copy_(self.value(w))
-
-    def snapshot(self) -> object:
-        """The stored bits."""
-        return self.parameter().detach().clone()
-
-    @torch.no_grad()
-    def restore(self, bits: Tensor) -> None:
-        """Put back what ``snapshot`` returned, bit for bit."""
-        self.parameter().copy_(bits)
+    def tensor(self, w: Tensor) -> Tensor:
+        return w.mT if self.transposed else w
 
 
 @final
@@ -107,9 +71,6 @@ class TransposedHost(Host):
 
     def weight(self) -> Tensor:
         return self.head.weight().mT
-
-    def drop(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, self.dropout) if self.dropout else x
 
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         # (W R)^T = R^T W^T: the rotation of the embedding's input acts on the head's output

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.ops import Dense, LinearOperator
+from rankwise.weights import Weight, weight_of
 
 if TYPE_CHECKING:
     from rankwise.structures.structure import Factors, Structure
@@ -82,9 +83,10 @@ class Host(ABC):
     def weight(self) -> Tensor:
         """The frozen weight as a matrix (out, in); may dequantise: ask rarely."""
 
-    @abstractmethod
+    @final
     def drop(self, x: Tensor) -> Tensor:
-        """Adapter dropout, while training."""
+        """Adapter dropout, while training; indices of an embedding pass, their rows are dropped."""
+        return nn.functional.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
 
     @abstractmethod
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
@@ -99,8 +101,56 @@ class Host(ABC):
         """The output y of x, with the vocabulary rows ``index`` replaced by ``rows`` (n, width)."""
 
 
-class LayerHost(Host):
+class Stored(ABC):
+    """What can be merged: a weight in its storage, and its layout as a matrix."""
+
+    storage: Weight
+
+    @abstractmethod
+    def site(self, name: str) -> Site:
+        """The facts of the weight; layer, layers and role are filled in by the caller."""
+
+    @abstractmethod
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """The stored tensor as a matrix (out, in), or a stack of them (E, out, in)."""
+
+    @abstractmethod
+    def tensor(self, w: Tensor) -> Tensor:
+        """The inverse of :meth:`matrix`; keeps what never changes, as an embedding's padding row."""
+
+    @final
+    def weight(self) -> Tensor:
+        """The frozen weight as a matrix (out, in); may dequantise: ask rarely."""
+        return self.matrix(self.storage.dense())
+
+    @final
+    def stored(self, w: Tensor) -> Tensor:
+        """The matrix that would be read back after ``write(w)``."""
+        return self.matrix(self.storage.decode(self.storage.encode(self.tensor(w))))
+
+    @final
+    def write(self, w: Tensor) -> None:
+        """Store the matrix w, rounded or quantised once: merging."""
+        self.storage.put(self.storage.encode(self.tensor(w)))
+
+    @final
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself, to tell shared weights."""
+        return self.storage.module._parameters[self.storage.name]
+
+    @property
+    @final
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the layer computes."""
+        return self.storage.dtype
+
+
+class LayerHost(Stored, Host):
     """A host that is a layer of the model, not another adapter."""
+
+    def __init__(self, module: nn.Module, dropout: float = 0.0) -> None:
+        super().__init__(module, dropout)
+        self.storage = weight_of(module)
 
     @staticmethod
     @abstractmethod
@@ -108,56 +158,8 @@ class LayerHost(Host):
         """Whether this is the kind of the module."""
 
     @abstractmethod
-    def site(self, name: str) -> Site:
-        """The facts of the module; layer, layers and role are filled in by the caller."""
-
-    @abstractmethod
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
         """What the layer does after its weight: bias, the padding row."""
-
-    @abstractmethod
-    def stored(self, w: Tensor) -> Tensor:
-        """The matrix that would be read back after ``write(w)``."""
-
-    @abstractmethod
-    def write(self, w: Tensor) -> None:
-        """Store the matrix w (out, in) as the layer's weight: merging, once."""
-
-    @abstractmethod
-    def snapshot(self) -> object:
-        """The stored bits of the weight, for ``restore``."""
-
-    @abstractmethod
-    def restore(self, bits: Any) -> None:
-        """Put back what ``snapshot`` returned, bit for bit."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """The dtype in which the layer computes."""
-
-    @final
-    def parameter(self) -> nn.Parameter:
-        """The parameter itself, to tell shared weights."""
-        return self.module._parameters["weight"]
-
-
-class PlainHost(LayerHost):
-    """A layer whose weight is an ordinary floating-point parameter."""
-
-    @final
-    def snapshot(self) -> object:
-        return self.parameter().detach().clone()
-
-    @final
-    @torch.no_grad()
-    def restore(self, bits: Any) -> None:
-        self.parameter().copy_(bits)
-
-    @property
-    @final
-    def dtype(self) -> torch.dtype:
-        return self.parameter().dtype
 
 
 @final
@@ -166,9 +168,7 @@ class Adapted(Host):
 
     kind = "adapted"
 
-    def __init__(
-        self, structure: Structure, factors: Factors, host: Host, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, structure: Structure, factors: Factors, host: Host, dropout: float = 0.0) -> None:
         super().__init__(host.module, dropout)
         self.structure, self.factors, self.host = structure, factors, host
 
@@ -180,9 +180,6 @@ class Adapted(Host):
 
     def weight(self) -> Tensor:
         return self.structure.weight(self.factors, self.host.weight())
-
-    def drop(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, self.dropout) if x.is_floating_point() else x
 
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         layer = self.host

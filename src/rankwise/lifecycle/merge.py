@@ -6,17 +6,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.activity import Routing, normalise
-from rankwise.adapter import LAYER, SiteFactors
+from rankwise.adapter import SiteFactors
 from rankwise.attach import adapters, registry_of
 from rankwise.errors import ActivityError, NotMergeable, UnknownName
 from rankwise.graft import Grafted
-from rankwise.host import ParameterHost, kind_of
+from rankwise.host import Stored, host_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class _Job:
     """One weight to write."""
 
     site: str
-    host: Any
+    host: Stored
     levels: tuple[SiteFactors, ...]
 
     def merged(self) -> tuple[Tensor, Tensor]:
@@ -71,8 +70,8 @@ class _Job:
         new = w
         for level in self.levels:
             new = level.structure.weight(level.factors(), new)
-        # the padding row takes no part in the update, so it is no loss either
-        return w, self.host.keep_padding(new) if self.host.kind == "embedding" else new
+        # through the layout and back: what never changes (a padding row) is no loss either
+        return w, self.host.matrix(self.host.tensor(new))
 
     def report(self) -> SiteReport:
         """What storing would keep."""
@@ -104,8 +103,7 @@ def _jobs(model: nn.Module, names: Sequence[str]) -> list[_Job]:
             levels = module.adapters.active(tuple(names), slot)
             if not levels:
                 continue
-            kind = kind_of(module) if slot == LAYER else None
-            host: Any = kind(module) if kind else ParameterHost(module, slot)
+            host = host_of(module, slot)
             found.setdefault(id(host.parameter()), _Job(levels[0].site.name, host, tuple(levels)))
     return list(found.values())
 
@@ -115,24 +113,19 @@ def _names(model: nn.Module, names: str | Sequence[str] | None) -> tuple[str, ..
     if names is None:
         choice = registry.activity.choice
         if isinstance(choice, Routing):
-            raise ActivityError(
-                "A routing has no single weight to merge; leave route() first, or name adapters."
-            )
+            raise ActivityError("A routing has no single weight to merge; leave route() first, or name adapters.")
         return choice
     chosen = normalise(names)
     unknown = [n for n in chosen if n not in registry.adapters]
     if unknown:
         raise UnknownName(
-            f"Only attached adapters can be merged; found {unknown}, attached: "
-            f"{list(registry.adapters)}."
+            f"Only attached adapters can be merged; found {unknown}, attached: {list(registry.adapters)}."
         )
     return chosen
 
 
 @torch.no_grad()
-def merge(
-    model: nn.Module, names: str | Sequence[str] | None = None, *, max_loss: float = 0.1
-) -> MergeReport:
+def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, max_loss: float = 0.1) -> MergeReport:
     """Write the adapters into the weights and take the graft off.
 
     The sum is formed in float32 and rounded (or quantised) once. Before anything is written, every
@@ -196,11 +189,11 @@ def merged(model: nn.Module, names: str | Sequence[str] | None = None) -> Iterat
         kept: list[tuple[_Job, object]] = []
         try:
             for job in jobs:
-                kept.append((job, job.host.snapshot()))
+                kept.append((job, job.host.storage.snapshot()))
                 job.host.write(job.merged()[1])
         except BaseException:
             for job, bits in kept:
-                job.host.restore(bits)
+                job.host.storage.put(bits)
             raise
     activity.choice = ()
     try:
@@ -208,4 +201,4 @@ def merged(model: nn.Module, names: str | Sequence[str] | None = None) -> Iterat
     finally:
         activity.choice = former
         for job, bits in kept:
-            job.host.restore(bits)
+            job.host.storage.put(bits)

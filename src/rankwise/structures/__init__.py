@@ -3,15 +3,7 @@
 from rankwise.structures.lowrank import LoRA, SVDForm
 from rankwise.structures.products import HiRA, LoHa, LoKr
 from rankwise.structures.rotations import OFT
-from rankwise.structures.structure import (
-    Additive,
-    Factor,
-    Factors,
-    Gate,
-    Rotation,
-    Start,
-    Structure,
-)
+from rankwise.structures.structure import Additive, Factor, Factors, Gate, Rotation, Start, Structure
 from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 

@@ -25,9 +25,7 @@ def check_scale_rule(rule: str) -> None:
         IncompatibleAxes: the rule is neither "alpha/r" nor "alpha/sqrt(r)".
     """
     if rule not in ("alpha/r", "alpha/sqrt(r)"):
-        raise IncompatibleAxes(
-            f'The scale rule is "alpha/r" or "alpha/sqrt(r)" (rsLoRA); found "{rule}".'
-        )
+        raise IncompatibleAxes(f'The scale rule is "alpha/r" or "alpha/sqrt(r)" (rsLoRA); found "{rule}".')
 
 
 @final
@@ -61,10 +59,7 @@ class LoRA(Additive):
         # a column of a moves only when its token is seen: a look-up starts with b at random
         a, b = Start.RANDOM, Start.ZEROS
         a, b = (b, a) if site.kind == "embedding" else (a, b)
-        return {
-            "a": Factor({"rank": r, "in": site.cols}, a),
-            "b": Factor({"out": site.rows, "rank": r}, b),
-        }
+        return {"a": Factor({"rank": r, "in": site.cols}, a), "b": Factor({"out": site.rows, "rank": r}, b)}
 
     def operator(self, f: Factors) -> LinearOperator:
         return Product(Dense(f["b"]), Dense(f["a"]))

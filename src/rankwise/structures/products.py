@@ -109,10 +109,7 @@ class HiRA(Gate):
 
     def factors(self, site: Site) -> dict[str, Factor]:
         r = check_rank(self.rank, site, min(site.rows, site.cols))
-        return {
-            "a": Factor({"rank": r, "in": site.cols}, Start.RANDOM),
-            "b": Factor({"out": site.rows, "rank": r}),
-        }
+        return {"a": Factor({"rank": r, "in": site.cols}, Start.RANDOM), "b": Factor({"out": site.rows, "rank": r})}
 
     def operator(self, f: Factors) -> LinearOperator:
         return Product(Dense(f["b"]), Dense(f["a"]))

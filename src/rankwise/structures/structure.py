@@ -178,9 +178,7 @@ class Gate(Leaf):
 
     @final
     def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
-        update = (
-            host.weight() * self.operator(f).dense()
-        )  # apart from W: W + dW would round it away
+        update = host.weight() * self.operator(f).dense()  # apart from W: W + dW would round it away
         return host(x) + host.mv(Dense(update), host.drop(x))
 
     @final

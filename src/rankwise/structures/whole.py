@@ -65,9 +65,7 @@ class TokenRows(Structure):
 
     def factors(self, site: Site) -> dict[str, Factor]:
         if site.kind != "embedding":
-            raise TargetError(
-                f"Token rows are rows of an embedding; {site.name} is of kind {site.kind}."
-            )
+            raise TargetError(f"Token rows are rows of an embedding; {site.name} is of kind {site.kind}.")
         if not self.index or self.index[0] < 0 or self.index[-1] >= site.cols:
             raise TargetError(
                 f"Token ids lie within the {site.cols} rows of {site.name}; found "

@@ -42,8 +42,7 @@ class Magnitude(Structure):
     def __post_init__(self) -> None:
         if isinstance(self.inner, Magnitude):
             raise IncompatibleAxes(
-                "A magnitude on a magnitude is the same magnitude; found "
-                "Magnitude(Magnitude(...)). Keep one."
+                "A magnitude on a magnitude is the same magnitude; found Magnitude(Magnitude(...)). Keep one."
             )
 
     @property
@@ -142,8 +141,7 @@ class Rows(Structure):
         overlap = any(one[1] > two[0] for one, two in zip(spans, spans[1:], strict=False))
         if not spans or overlap or any(not 0 <= a < b for a, b in spans):
             raise IncompatibleAxes(
-                f"Parts are disjoint, non-empty row ranges (name, first, last + 1); found "
-                f"{self.parts}."
+                f"Parts are disjoint, non-empty row ranges (name, first, last + 1); found {self.parts}."
             )
 
     @property
@@ -152,19 +150,12 @@ class Rows(Structure):
 
     def _sites(self, site: Site) -> dict[str, Site]:
         if site.kind not in ("linear", "parameter"):
-            raise TargetError(
-                f"Parts are rows of a fused linear projection; {site.name} is of kind {site.kind}."
-            )
+            raise TargetError(f"Parts are rows of a fused linear projection; {site.name} is of kind {site.kind}.")
         last = max(b for _, _, b in self.parts)
         if last > site.rows:
-            raise TargetError(
-                f"Parts lie within the {site.rows} rows of {site.name}; found a part up to {last}."
-            )
+            raise TargetError(f"Parts lie within the {site.rows} rows of {site.name}; found a part up to {last}.")
         fields = {k: getattr(site, k) for k in site.__dataclass_fields__}
-        return {
-            part: Site(**{**fields, "name": f"{site.name}[{part}]", "rows": b - a})
-            for part, a, b in self.parts
-        }
+        return {part: Site(**{**fields, "name": f"{site.name}[{part}]", "rows": b - a}) for part, a, b in self.parts}
 
     def factors(self, site: Site) -> dict[str, Factor]:
         return {
@@ -222,9 +213,6 @@ class RowsHost(Host):
     def weight(self) -> Tensor:
         return self.host.weight()[..., self.a : self.b, :]
 
-    def drop(self, x: Tensor) -> Tensor:
-        return self.host.drop(x)
-
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         return self.host.rotate(op, x)[..., self.a : self.b]
 
@@ -256,16 +244,12 @@ class Stack(Structure):
 
     def factors(self, site: Site) -> dict[str, Factor]:
         first, second = self.first.factors(site), self.second.factors(site)
-        return {f"first_{k}": v for k, v in first.items()} | {
-            f"second_{k}": v for k, v in second.items()
-        }
+        return {f"first_{k}": v for k, v in first.items()} | {f"second_{k}": v for k, v in second.items()}
 
     def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
         first = self.first.start(site, weight, leaf)
         second = self.second.start(site, lambda: self.first.weight(first, weight()), leaf)
-        return {f"first_{k}": v for k, v in first.items()} | {
-            f"second_{k}": v for k, v in second.items()
-        }
+        return {f"first_{k}": v for k, v in first.items()} | {f"second_{k}": v for k, v in second.items()}
 
     def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
         below = Adapted(self.first, under("first", f), host, host.dropout)

@@ -31,9 +31,7 @@ SAMPLES: tuple[Structure, ...] = (
 )
 
 
-def legal(
-    axis: Init | Solver | Ranks, structures: Sequence[Structure] = SAMPLES
-) -> list[Structure]:
+def legal(axis: Init | Solver | Ranks, structures: Sequence[Structure] = SAMPLES) -> list[Structure]:
     """The structures that an axis accepts; all others must be refused at construction."""
     name = "init" if isinstance(axis, Init) else "solver" if isinstance(axis, Solver) else "ranks"
     found: list[Structure] = []

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapter import LAYER
 from rankwise.attach import Adapter
-from rankwise.host import ParameterHost, kind_of
+from rankwise.host import host_of
 from rankwise.io import carried
 from rankwise.ops import LinearOperator
 
@@ -22,14 +20,10 @@ Figures = dict[str, float]
 
 def compare(law: str, where: str, got: Tensor, want: Tensor, tolerance: float) -> float:
     """The largest difference relative to the largest wanted value."""
-    assert got.shape == want.shape, (
-        f"{law}: {where} has shape {tuple(got.shape)}, wanted {tuple(want.shape)}"
-    )
+    assert got.shape == want.shape, f"{law}: {where} has shape {tuple(got.shape)}, wanted {tuple(want.shape)}"
     scale = float(want.detach().abs().max().clamp_min(1e-30))
     figure = float((got - want).detach().abs().max()) / scale
-    assert figure <= tolerance, (
-        f"{law}: {where} differs by {figure:.2g} of its largest value (tolerance {tolerance:g})"
-    )
+    assert figure <= tolerance, f"{law}: {where} differs by {figure:.2g} of its largest value (tolerance {tolerance:g})"
     return figure
 
 
@@ -83,8 +77,7 @@ def truth(base: nn.Module, adapter: Adapter) -> nn.Module:
     with torch.no_grad():
         for placement in adapter.placements:
             module, slot, _ = carried(model, placement)[0]
-            kind = kind_of(module) if slot == LAYER else None
-            host: Any = kind(module) if kind else ParameterHost(module, slot)
+            host = host_of(module, slot)
             host.write(placement.structure.weight(adapter[placement.site.name], host.weight()))
     return model
 

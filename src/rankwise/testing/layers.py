@@ -96,10 +96,7 @@ def _normal(*shape: int) -> Callable[[int], Tensor]:
 LAYERS: tuple[Layer, ...] = (
     Layer("Linear", lambda: nn.Sequential(nn.Linear(12, 16)), _normal(5, 12), Sites()),
     Layer(
-        "Conv2d",
-        lambda: nn.Sequential(nn.Conv2d(8, 12, 3, 2, padding=1, groups=2)),
-        _normal(8, 6, 5),
-        Sites(nn.Conv2d),
+        "Conv2d", lambda: nn.Sequential(nn.Conv2d(8, 12, 3, 2, padding=1, groups=2)), _normal(8, 6, 5), Sites(nn.Conv2d)
     ),
     Layer(
         "ConvTranspose1d",
@@ -107,12 +104,7 @@ LAYERS: tuple[Layer, ...] = (
         _normal(8, 6),
         Sites(nn.ConvTranspose1d),
     ),
-    Layer(
-        "Embedding",
-        lambda: nn.Sequential(nn.Embedding(20, 12, padding_idx=3)),
-        _tokens,
-        Sites(nn.Embedding),
-    ),
+    Layer("Embedding", lambda: nn.Sequential(nn.Embedding(20, 12, padding_idx=3)), _tokens, Sites(nn.Embedding)),
     Layer("tied head", Tied, _tokens, Sites(nn.Embedding, tied="tie")),
     Layer("MultiheadAttention", SelfAttention, _normal(5, 12), Sites(), rowwise=False),
     Layer("experts", lambda: Experts(False), _normal(6, 12), Sites(), rowwise=False),

@@ -30,11 +30,7 @@ def accepts(structure: Structure, layer: Layer) -> bool:
 
 
 def check_structure(
-    structure: Structure,
-    layers: Sequence[Layer] = LAYERS,
-    *,
-    known: Iterable[type] = (),
-    tolerance: float = TOLERANCE,
+    structure: Structure, layers: Sequence[Layer] = LAYERS, *, known: Iterable[type] = (), tolerance: float = TOLERANCE
 ) -> Figures:
     """L1 to L4 over every kind of layer that the structure accepts.
 
@@ -52,12 +48,7 @@ def check_structure(
     return worst(check_on(structure, layer, known, tolerance) for layer in accepted)
 
 
-def check_on(
-    structure: Structure,
-    layer: Layer,
-    known: Iterable[type] = (),
-    tolerance: float = TOLERANCE,
-) -> Figures:
+def check_on(structure: Structure, layer: Layer, known: Iterable[type] = (), tolerance: float = TOLERANCE) -> Figures:
     """L1 to L4 on one kind of layer.
 
     Args:
@@ -89,13 +80,7 @@ def check_on(
 
 
 def _meaning(
-    figures: Figures,
-    where: str,
-    base: nn.Module,
-    model: nn.Module,
-    adapter: Adapter,
-    x: Tensor,
-    tolerance: float,
+    figures: Figures, where: str, base: nn.Module, model: nn.Module, adapter: Adapter, x: Tensor, tolerance: float
 ) -> None:
     """L1, in both modes, and for the gradient with respect to the input."""
     dense = truth(base, adapter)
@@ -123,17 +108,14 @@ def _batch(figures: Figures, where: str, adapter: Adapter, tolerance: float) -> 
         w = torch.randn(*([count] if module.site.stack else []), *shape, dtype=torch.float64)
         got = module.structure.weight(f, w)
         each = [
-            module.structure.weight({k: v[i] for k, v in f.items()}, w[i] if w.dim() == 3 else w)
-            for i in range(count)
+            module.structure.weight({k: v[i] for k, v in f.items()}, w[i] if w.dim() == 3 else w) for i in range(count)
         ]
         figure = compare("L3 batch", f"{where}, weight", got, torch.stack(each), tolerance)
         note(figures, "L3", figure)
 
 
 @torch.no_grad()
-def _rows(
-    figures: Figures, where: str, base: nn.Module, recipe: Recipe, x: Tensor, tolerance: float
-) -> None:
+def _rows(figures: Figures, where: str, base: nn.Module, recipe: Recipe, x: Tensor, tolerance: float) -> None:
     """L3 for the map: a batch of several adapters equals each row alone."""
     model = copy.deepcopy(base)
     names: list[str | None] = ["one", "two", None]
@@ -174,9 +156,7 @@ def _closure(
     assert torch.equal(again, y), f"L4 closure: {where} is not bit-equal after loading"
     merge(other)
     note(figures, "L4", compare("L4 closure", f"{where}, merged", other(x), y, tolerance))
-    assert all(torch.equal(p, q) for p, q in _pairs(base, model)), (
-        f"L4 closure: training {where} changed the base"
-    )
+    assert all(torch.equal(p, q) for p, q in _pairs(base, model)), f"L4 closure: training {where} changed the base"
 
 
 def _pairs(base: nn.Module, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,20 +12,20 @@ from rankwise.weights.weight import Weight
 FORMATS: tuple[type[Weight], ...] = (FourBitWeight, Int8Weight, DenseWeight)
 
 
-def weight_of(module: nn.Module) -> Weight:
-    """The weight of a linear module, in whatever format it is stored.
+def weight_of(module: nn.Module, name: str = "weight") -> Weight:
+    """A parameter of a module, in whatever format it is stored.
 
     Raises:
         WeightFormatError: the format is none of those that can be read and trained through.
     """
     for format_ in FORMATS:
-        if format_.claims(module):
-            return format_(module)
-    weight = module._parameters.get("weight")
+        if format_.claims(module, name):
+            return format_(module, name)
+    weight = module._parameters.get(name)
     raise WeightFormatError(
-        f"A linear weight is floating point, bitsandbytes 4-bit or bitsandbytes int8; found "
-        f"{type(module).__name__} with {'no weight' if weight is None else weight.dtype}. Load "
-        f"the base in one of these formats, or exclude the module from the targets."
+        f"A weight is floating point, bitsandbytes 4-bit or bitsandbytes int8; found {type(module).__name__} with "
+        f"{f'no {name}' if weight is None else weight.dtype}. Load the base in one of these formats, or exclude the "
+        f"module from the targets."
     )
 
 
@@ -33,16 +33,8 @@ def prepare(modules: Iterable[nn.Module]) -> None:
     """Make a base safe to train on, adapted or not: gradients pass through every layer."""
     for module in modules:
         for format_ in FORMATS:
-            if format_.claims(module):
+            if format_.claims(module, "weight"):
                 format_(module).prepare()
 
 
-__all__ = [
-    "FORMATS",
-    "DenseWeight",
-    "FourBitWeight",
-    "Int8Weight",
-    "Weight",
-    "prepare",
-    "weight_of",
-]
+__all__ = ["FORMATS", "DenseWeight", "FourBitWeight", "Int8Weight", "Weight", "prepare", "weight_of"]

@@ -5,7 +5,6 @@ The library is imported only where one of its modules is already in the model.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any, final
 
@@ -16,9 +15,14 @@ from rankwise.errors import WeightFormatError
 from rankwise.weights.weight import Weight
 
 
-def _is_a(module: nn.Module, name: str) -> bool:
-    return any(
-        c.__name__ == name and c.__module__.startswith("bitsandbytes") for c in type(module).__mro__
+def _is_a(module: nn.Module, kind: str) -> bool:
+    return any(c.__name__ == kind and c.__module__.startswith("bitsandbytes") for c in type(module).__mro__)
+
+
+def _unquantised(format_: str) -> WeightFormatError:
+    return WeightFormatError(
+        f"{format_} weight is quantised by moving it to a device; this one is not quantised yet. Call "
+        f'model.to("cpu") (or "cuda") after loading, then attach.'
     )
 
 
@@ -26,34 +30,24 @@ def _is_a(module: nn.Module, name: str) -> bool:
 class FourBitWeight(Weight):
     """``bitsandbytes.nn.Linear4bit``: NF4 or FP4, with or without double quantisation."""
 
-    format = "bnb-4bit"
-    module: Any
-
     @staticmethod
-    def claims(module: nn.Module) -> bool:
-        return _is_a(module, "Linear4bit")
+    def claims(module: nn.Module, name: str) -> bool:
+        return name == "weight" and _is_a(module, "Linear4bit")
 
     @property
     def _state(self) -> Any:
         state = getattr(self.module.weight, "quant_state", None)
         if state is None:
-            raise WeightFormatError(
-                "A 4-bit weight is quantised by moving it to a device; this one is not quantised "
-                'yet. Call model.to("cpu") (or "cuda") after loading, then attach.'
-            )
+            raise _unquantised("A 4-bit")
         return state
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.module.out_features, self.module.in_features
 
     @property
     def dtype(self) -> torch.dtype:
         return self.module.compute_dtype or self._state.dtype
 
     def prepare(self) -> None:
-        # bitsandbytes 0.50 repacks the weight in place at the first eval forward on a CPU with
-        # AVX512-BF16; from then on there is no gradient and dequantising is wrong, silently.
+        # bitsandbytes 0.50 repacks the weight in place at the first eval forward on a CPU with AVX512-BF16; from then
+        # on there is no gradient and dequantising is wrong, silently.
         self.module.support_avx512bf16_for_cpu = False
         state = getattr(self.module.weight, "quant_state", None)
         if not getattr(state, "packing_format_for_cpu", False):
@@ -61,10 +55,9 @@ class FourBitWeight(Weight):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
 
         warnings.warn(
-            "A 4-bit weight ran in eval mode before the adapter came, and bitsandbytes repacked it "
-            "for inference, its scales rounded to bfloat16 for good. It is unpacked now and can be "
-            "trained on, but is no longer quite the base that was loaded. Load the base again and "
-            "attach (or load) before the first forward to have that one.",
+            "A 4-bit weight ran in eval mode before the adapter came, and bitsandbytes repacked it for inference, its "
+            "scales rounded to bfloat16 for good. It is unpacked now and can be trained on, but is no longer quite the "
+            "base that was loaded. Load the base again and attach (or load) before the first forward to have that one.",
             stacklevel=4,
         )
         # the inverse of bitsandbytes 0.50 forgets to turn the scales back, or nests them anew
@@ -72,79 +65,53 @@ class FourBitWeight(Weight):
         state.original_nested = False
         data, state = unpack(self.module.weight.data, state)
         state.absmax = scales
-        self.restore((data, state))
+        self.put((data, state))
 
     def matmul(self, x: Tensor) -> Tensor:
         import bitsandbytes
 
         compute = self.module.compute_dtype or x.dtype
-        y = bitsandbytes.matmul_4bit(x.to(compute), self.module.weight, quant_state=self._state)
-        return y.to(x.dtype)
+        return bitsandbytes.matmul_4bit(x.to(compute), self.module.weight, quant_state=self._state).to(x.dtype)
 
-    def dense(self) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
+    @property
+    def bits(self) -> tuple[Tensor, Any]:
+        return self.module.weight.data, self._state
 
-        return dequantize_4bit(self.module.weight.data, self._state)
+    def put(self, bits: Any) -> None:
+        self.module.weight.data, state = bits
+        self.module.weight.quant_state = self.module.quant_state = state
 
-    def _quantise(self, w: Tensor) -> tuple[Tensor, Any]:
+    def encode(self, w: Tensor) -> tuple[Tensor, Any]:
         from bitsandbytes.functional import quantize_4bit
 
-        state = self._state
-        return quantize_4bit(
-            w.to(state.dtype).contiguous(),
-            blocksize=state.blocksize,
-            compress_statistics=state.nested,
-            quant_type=state.quant_type,
-            quant_storage=self.module.weight.dtype,
-        )
+        state, storage = self._state, self.module.weight.dtype
+        options = {"compress_statistics": state.nested, "quant_type": state.quant_type, "quant_storage": storage}
+        return quantize_4bit(w.to(state.dtype).contiguous(), blocksize=state.blocksize, **options)
 
-    def write(self, w: Tensor) -> None:
-        self.restore(self._quantise(w))
-
-    def stored(self, w: Tensor) -> Tensor:
+    def decode(self, bits: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(*self._quantise(w))
-
-    def snapshot(self) -> object:
-        return self.module.weight.data.clone(), copy.deepcopy(self._state)
-
-    def restore(self, bits: Any) -> None:
-        data, state = bits
-        self.module.weight.data = data
-        self.module.weight.quant_state = state
-        self.module.quant_state = state
+        return dequantize_4bit(*bits)
 
 
 @final
 class Int8Weight(Weight):
     """``bitsandbytes.nn.Linear8bitLt`` with int8 weights: W is ``CB * SCB / 127`` row by row."""
 
-    format = "bnb-int8"
-    module: Any
-
     @staticmethod
-    def claims(module: nn.Module) -> bool:
-        return _is_a(module, "Linear8bitLt")
+    def claims(module: nn.Module, name: str) -> bool:
+        return name == "weight" and _is_a(module, "Linear8bitLt")
 
     @property
-    def _parts(self) -> tuple[Tensor, Tensor]:
-        state = self.module.state if self.module.state.CB is not None else self.module.weight
-        if state.CB is None:
-            raise WeightFormatError(
-                "An int8 weight is quantised by moving it to a device; this one is not quantised "
-                'yet. Call model.to("cpu") (or "cuda") after loading, then attach.'
-            )
-        return state.CB, state.SCB
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.module.out_features, self.module.in_features
+    def _holder(self) -> Any:
+        holder = self.module.state if self.module.state.CB is not None else self.module.weight
+        if holder.CB is None:
+            raise _unquantised("An int8")
+        return holder
 
     @property
     def dtype(self) -> torch.dtype:
-        bias = self.module.bias
-        return torch.float32 if bias is None else bias.dtype
+        return torch.float32 if self.module.bias is None else self.module.bias.dtype
 
     def matmul(self, x: Tensor) -> Tensor:
         import bitsandbytes
@@ -157,31 +124,19 @@ class Int8Weight(Weight):
             warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
             return bitsandbytes.matmul(x, module.weight, state=module.state).to(x.dtype)
 
-    def dense(self) -> Tensor:
-        codes, scale = self._parts
-        return codes.float() * (scale.float() / 127).unsqueeze(-1)
+    @property
+    def bits(self) -> tuple[Tensor, Tensor]:
+        return self._holder.CB, self._holder.SCB
 
-    @staticmethod
-    def _quantise(w: Tensor) -> tuple[Tensor, Tensor]:
+    def put(self, bits: Any) -> None:
+        holder = self._holder
+        self.module.weight.data, _ = holder.CB, holder.SCB = bits
+
+    def encode(self, w: Tensor) -> tuple[Tensor, Tensor]:
         from bitsandbytes.functional import int8_vectorwise_quant
 
-        codes, scale, _ = int8_vectorwise_quant(w.to(torch.float16).contiguous())
-        return codes, scale
+        return int8_vectorwise_quant(w.to(torch.float16).contiguous())[:2]
 
-    def write(self, w: Tensor) -> None:
-        self.restore(self._quantise(w))
-
-    def stored(self, w: Tensor) -> Tensor:
-        codes, scale = self._quantise(w)
-        return codes.float() * (scale.float() / 127).unsqueeze(-1)
-
-    def snapshot(self) -> object:
-        codes, scale = self._parts
-        return codes.clone(), scale.clone()
-
-    def restore(self, bits: Any) -> None:
+    def decode(self, bits: Any) -> Tensor:
         codes, scale = bits
-        weight, state = self.module.weight, self.module.state
-        holder = state if state.CB is not None else weight
-        weight.data = codes
-        holder.CB, holder.SCB = codes, scale
+        return codes.float() * (scale.float() / 127).unsqueeze(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -12,30 +12,19 @@ from rankwise.weights.weight import Weight
 
 @final
 class DenseWeight(Weight):
-    """``module.weight`` as an ordinary parameter (out, in)."""
-
-    format = "dense"
+    """An ordinary parameter."""
 
     @staticmethod
-    def claims(module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")
-        # type(), not isinstance: quantised formats are tensor subclasses that say float
-        plain = (nn.Parameter, Tensor)
-        return (
-            weight is not None
-            and weight.is_floating_point()
-            and (type(weight.data) in plain or type(weight.data).__name__ == "DTensor")
-        )
+    def claims(module: nn.Module, name: str) -> bool:
+        weight = module._parameters.get(name)
+        if weight is None or not weight.is_floating_point():
+            return False
+        kind = type(weight.data)  # not isinstance: quantised formats are tensor subclasses that say float
+        return kind in (nn.Parameter, Tensor) or kind.__name__ == "DTensor"
 
     @property
     def _weight(self) -> Tensor:
-        weight = self.module._parameters["weight"]
-        assert weight is not None
-        return weight
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self._weight.shape[0], self._weight.shape[1]
+        return self.module._parameters[self.name]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,20 +33,16 @@ class DenseWeight(Weight):
     def matmul(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self._weight)
 
-    def dense(self) -> Tensor:
+    @property
+    def bits(self) -> Tensor:
         return self._weight
 
     @torch.no_grad()
-    def write(self, w: Tensor) -> None:
-        self._weight.copy_(w)
+    def put(self, bits: Any) -> None:
+        self._weight.copy_(bits)
 
-    def stored(self, w: Tensor) -> Tensor:
+    def encode(self, w: Tensor) -> Tensor:
         return w.to(self.dtype)
 
-    def snapshot(self) -> object:
-        return self._weight.detach().clone()
-
-    @torch.no_grad()
-    def restore(self, bits: object) -> None:
-        assert isinstance(bits, Tensor)
-        self._weight.copy_(bits)
+    def decode(self, bits: Any) -> Tensor:
+        return bits

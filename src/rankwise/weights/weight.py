@@ -1,33 +1,34 @@
-"""The protocol of a frozen weight: what every format of a linear layer's weight can do.
+"""The protocol of a frozen weight: what every storage format can do, in five primitives.
 
-Shapes: the weight is (out, in) whatever the storage; activations are (*, in).
+Shapes: a linear weight is (out, in) whatever the storage; activations are (*, in).
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 
 class Weight(ABC):
-    """The frozen weight of a linear module, in one storage format."""
+    """One parameter of a module, in one storage format.
 
-    format: str
+    Args:
+        module: the module that registers it.
+        name: the parameter's name there.
+    """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, name: str = "weight") -> None:
+        self.module: Any = module
+        self.name = name
 
     @staticmethod
     @abstractmethod
-    def claims(module: nn.Module) -> bool:
-        """Whether this format is how the module stores its weight."""
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """(out, in), never the packed tensor's shape."""
+    def claims(module: nn.Module, name: str) -> bool:
+        """Whether this format is how the module stores the parameter."""
 
     @property
     @abstractmethod
@@ -38,25 +39,32 @@ class Weight(ABC):
     def matmul(self, x: Tensor) -> Tensor:
         """``x @ W.T`` without bias, differentiable in x: (*, in) -> (*, out)."""
 
+    @property
     @abstractmethod
-    def dense(self) -> Tensor:
-        """W as a plain (out, in) tensor; dequantises."""
+    def bits(self) -> Any:
+        """What is stored: a tensor, or the parts of a quantised one."""
 
     @abstractmethod
-    def write(self, w: Tensor) -> None:
-        """Store w (out, in), rounding or quantising once. Used by merging alone."""
+    def put(self, bits: Any) -> None:
+        """Store these bits: merging and restoring."""
 
     @abstractmethod
-    def stored(self, w: Tensor) -> Tensor:
-        """What ``dense()`` would return after ``write(w)``, without writing."""
+    def encode(self, w: Tensor) -> Any:
+        """The bits that stand for w, rounded or quantised once."""
 
     @abstractmethod
-    def snapshot(self) -> object:
-        """The stored bits, for an exact ``restore``."""
-
-    @abstractmethod
-    def restore(self, bits: object) -> None:
-        """Put back what ``snapshot`` returned, bit for bit."""
+    def decode(self, bits: Any) -> Tensor:
+        """The plain tensor that bits stand for."""
 
     def prepare(self) -> None:  # noqa: B027  (most formats need nothing)
         """Make the module safe to train on top of; called at attach, before W is read."""
+
+    @final
+    def dense(self) -> Tensor:
+        """W as a plain tensor; dequantises."""
+        return self.decode(self.bits)
+
+    @final
+    def snapshot(self) -> Any:
+        """A copy of the stored bits, for ``put``."""
+        return copy.deepcopy(self.bits)

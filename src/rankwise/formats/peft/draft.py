@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from rankwise import io
-from rankwise.adapter import LAYER, Placement
+from rankwise.adapter import Placement
 from rankwise.attach import Adapter
 from rankwise.errors import ConversionError
 from rankwise.formats.peft.encode import LOWRANK
-from rankwise.host import ParameterHost, kind_of
+from rankwise.host import LAYER, ParameterHost, kind_of
 from rankwise.targets import base_modules
 
 
