@@ -129,10 +129,7 @@ def test_imports_point_down():
 
 
 def test_imports_have_no_cycle():
-    graph = {
-        module_name(path): {edge.target for edge in edges if not edge.typing}
-        for path, edges in EDGES.items()
-    }
+    graph = {module_name(path): {edge.target for edge in edges if not edge.typing} for path, edges in EDGES.items()}
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
@@ -151,14 +148,7 @@ def test_imports_have_no_cycle():
 
 def code_lines(source: str) -> int:
     """Lines that hold code: no blanks, no comments, no docstrings."""
-    layout = {
-        tokenize.COMMENT,
-        tokenize.NL,
-        tokenize.NEWLINE,
-        tokenize.INDENT,
-        tokenize.DEDENT,
-        tokenize.ENDMARKER,
-    }
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in layout:
@@ -182,9 +172,7 @@ def test_the_library_stays_small():
 
 
 def test_files_stay_readable():
-    long = {
-        module_name(p): n for p in FILES if (n := len(p.read_text().splitlines())) > MAX_FILE_LINES
-    }
+    long = {module_name(p): n for p in FILES if (n := len(p.read_text().splitlines())) > MAX_FILE_LINES}
     assert not long, f"over {MAX_FILE_LINES} lines, split by what they are about: {long}"
 
 
@@ -194,25 +182,13 @@ def test_files_stay_readable():
 def python(code: str, *args: str) -> str:
     """Run code in a fresh interpreter."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, *args],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-W", "error", "-c", code, *args], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-HEAVY = [
-    "transformers",
-    "peft",
-    "trl",
-    "datasets",
-    "accelerate",
-    "matplotlib",
-    "typer",
-    "bitsandbytes",
-]
+HEAVY = ["transformers", "peft", "trl", "datasets", "accelerate", "matplotlib", "typer", "bitsandbytes"]
 
 
 def test_import_rankwise_is_lean():
@@ -290,16 +266,13 @@ def test_docstrings_agree_with_signatures():
         text=True,
         check=False,
     )
-    found = re.findall(
-        r"^(\S+\.py):(\d+): (DOC\d+): (.*)$", done.stdout + done.stderr, re.MULTILINE
-    )
+    found = re.findall(r"^(\S+\.py):(\d+): (DOC\d+): (.*)$", done.stdout + done.stderr, re.MULTILINE)
     assert found or done.returncode == 0, done.stderr[-2000:]
     docs = {name: dict(functions(ROOT / name)) for name in {row[0] for row in found}}
     wrong = [
         f"{name}:{line}: {code}: {text}"
         for name, line, code, text in found
-        if "Args:" in docs[name].get(int(line), "Args:")
-        or code not in ("DOC101", "DOC103", "DOC201")
+        if "Args:" in docs[name].get(int(line), "Args:") or code not in ("DOC101", "DOC103", "DOC201")
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -338,9 +311,6 @@ def test_commands_of_the_manual_run(page, tmp_path):
 
 def test_method_table_is_current():
     done = subprocess.run(
-        [sys.executable, str(ROOT / "docs" / "gen_methods.py"), "--check"],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, str(ROOT / "docs" / "gen_methods.py"), "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
