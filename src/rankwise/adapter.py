@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from rankwise.activity import Activity, Choice, Record, Routing
@@ -135,6 +136,8 @@ def adapted_value(module: nn.Module, name: str) -> Tensor:
     for level in levels:
         w = level.structure.weight(level.factors(), w)
     value = host.tensor(w).to(host.dtype)
+    if not torch.is_grad_enabled():  # torch picks kernels by requires_grad, even under no_grad
+        value = value.detach()
     holder.note(choice, value)
     return value
 
