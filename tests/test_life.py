@@ -191,3 +191,31 @@ def test_names_that_would_collide(name):
     with pytest.raises(rw.errors.AttachError, match="identifier"):
         rw.attach(model, rw.Recipe(LoRA(2)), name)
     assert type(model[0]) is nn.Linear
+
+
+def test_a_class_within_a_class_keeps_its_qualified_name():
+    class Inner(nn.Linear):
+        pass
+
+    model = nn.Sequential(Inner(8, 8))
+    rw.attach(model, rw.Recipe(LoRA(2)))
+    assert type(model[0]).__qualname__ == Inner.__qualname__ != Inner.__name__
+    assert isinstance(model[0], Inner)
+
+
+def test_the_fast_path_of_transformer_layers_comes_back():
+    layer = nn.TransformerEncoderLayer(12, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).double().eval()
+    before = [m.__dict__.copy() for m in model.modules()]
+    adapter, x = rw.attach(model, rw.Recipe(LoRA(2))), torch.randn(2, 5, 12).double()
+    randomise(adapter, lambda: model(x))
+    with torch.no_grad():
+        y = model(x)
+        torch.testing.assert_close(y, model.train()(x), rtol=0, atol=1e-9)
+        with rw.merged(model):
+            torch.testing.assert_close(y, model.eval()(x), rtol=0, atol=1e-9)
+    adapter.detach()
+    keys = ("activation_relu_or_gelu", "use_nested_tensor", "enable_nested_tensor")
+    for module, state in zip(model.modules(), before, strict=True):
+        assert module.__dict__.keys() == state.keys()
+        assert all(module.__dict__[k] == state[k] for k in keys if k in state)

@@ -200,3 +200,16 @@ def test_routed_batch_of_a_model():
         with torch.no_grad(), rw.set_active(model, row):
             want = logits(model, {"input_ids": ids[i : i + 1]})
         torch.testing.assert_close(got[i : i + 1], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "parts"),
+    [(CASES[8], "gate_up_proj", ("gate",)), ("neox", "query_key_value", ("q",))],
+    ids=["gpt-oss", "neox"],
+)
+def test_interleaved_parts_are_refused(case, name, parts):
+    neox = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**neox)) if case == "neox" else case.make()
+    with pytest.raises(rw.errors.TargetError, match="interleaved"):
+        rw.attach(model, rw.recipe("lora", rank=2, sites=rw.Sites(name, parts={name: parts})))
+    assert not rw.adapters(model)

@@ -7,17 +7,7 @@ import pytest
 import torch
 
 from rankwise import ops
-from rankwise.ops import (
-    BlockDiagonal,
-    Dense,
-    Diagonal,
-    Hadamard,
-    Kronecker,
-    LinearOperator,
-    Product,
-    Scaled,
-    Sum,
-)
+from rankwise.ops import BlockDiagonal, Dense, Diagonal, Hadamard, Kronecker, LinearOperator, Product, Scaled, Sum
 from rankwise.testing import check_operator
 
 Batch = tuple[int, ...]

@@ -143,3 +143,11 @@ def test_accepts_tells_kinds_apart():
     tokens = structures.TokenRows((1,))
     assert [layer.name for layer in LAYERS if accepts(tokens, layer)] == ["Embedding", "tied head"]
     assert all(accepts(LoRA(4), layer) for layer in LAYERS)
+
+
+def test_anchors_are_stored_and_not_trained():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    adapter = rw.attach(model, rw.Recipe(structures.Anchored(LoRA(2))))
+    trained = [name for name, _ in adapter.named_parameters(trainable=True)]
+    assert trained == ["0/a", "0/b"]
+    assert [n for n, _ in adapter.named_parameters()] == [*trained, "0/anchor_a", "0/anchor_b"]
