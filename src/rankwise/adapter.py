@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,9 @@ class Registry:
     adapters: dict[str, Any] = field(default_factory=dict)  # name -> rankwise.attach.Adapter
 
 
+Carriers: TypeAlias = tuple[tuple[str, str, bool], ...]
+
+
 @dataclass(frozen=True)
 class Placement:
     """One site of an adapter and the modules that carry it.
@@ -109,7 +112,7 @@ class Placement:
 
     site: Site
     structure: Structure
-    carriers: tuple[tuple[str, str, bool], ...]
+    carriers: Carriers
 
 
 def adapted_value(module: nn.Module, name: str) -> Tensor:

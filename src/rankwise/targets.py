@@ -6,13 +6,15 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import accumulate
+from math import prod
 from typing import Any, final
 
 from torch import nn
 
-from rankwise.adapter import Adapters, Placement
+from rankwise.adapter import Adapters, Carriers, Placement
 from rankwise.errors import IncompatibleAxes, RankwiseError, TargetError, TiedWeights, WeightFormatError
-from rankwise.host import LAYER, ParameterHost, Site, kind_of
+from rankwise.host import LAYER, ParameterHost, Site, host_of, kind_of
 from rankwise.sites import Sites, Target
 from rankwise.structures import Replace, Rows, Stack, Structure, TokenRows
 
@@ -81,61 +83,46 @@ def _role(path: str) -> str:
     return "other"
 
 
+def _candidate(
+    modules: Mapping[str, nn.Module], head: Any, path: str, slot: str, name: str, also: str = ""
+) -> Candidate:
+    """One weight, by the module that carries it; ``also`` is a module around it whose name means it too."""
+    owner, problem = modules[path], None
+    try:
+        site = host_of(owner, slot).site(name)
+    except (WeightFormatError, TargetError) as error:  # raised only if it is chosen
+        kind = kind_of(owner)
+        site, problem = Site(name, kind.kind if kind else "parameter", 0, 0), error
+    is_head = owner is head or path.rsplit(".", 1)[-1] in HEADS
+    role = "head" if is_head else "embedding" if site.kind == "embedding" else _role(name)
+    # a stack of one is no expert but a token or a table of positions (ViT)
+    linear = site.kind == "linear" or bool(also) or (site.stack or 1) > 1
+    roles = (role, "all-linear") if linear and not is_head else (role,)
+    numbers = [int(p) for p in name.split(".") if p.isdigit()]
+    site = replace(site, layer=numbers[0] if numbers else None, role=role)
+    classes = tuple(c.__name__ for c in type(modules[also or path]).__mro__)
+    return Candidate(site, path, slot, (name, also) if also else (name,), classes, roles, problem)
+
+
 def candidates(model: nn.Module) -> list[Candidate]:
     """Every weight of the model that could carry an adapter, in the model's order."""
-    modules = base_modules(model)
-    head = output_head(model)
+    modules, head = base_modules(model), output_head(model)
     found: list[Candidate] = []
-
-    def add(
-        name: str,
-        path: str,
-        slot: str,
-        site: Site,
-        *,
-        linear: bool,
-        also: str = "",
-        problem: RankwiseError | None = None,
-    ) -> None:
-        owner = modules[path]
-        numbers = [int(p) for p in name.split(".") if p.isdigit()]
-        is_head = owner is head or path.rsplit(".", 1)[-1] in HEADS
-        role = "head" if is_head else "embedding" if site.kind == "embedding" else _role(name)
-        site = replace(site, layer=numbers[0] if numbers else None, role=role)
-        roles = [role] + (["all-linear"] if linear and not is_head else [])
-        classes = tuple(c.__name__ for c in type(modules[also or path]).__mro__)
-        aliases = (name, also) if also else (name,)
-        found.append(Candidate(site, path, slot, aliases, classes, tuple(roles), problem))
-
-    inside_mha: set[str] = set()
+    inside: set[str] = set()
     for path, module in modules.items():
-        if path in inside_mha:
-            continue
         dot = f"{path}." if path else ""
-        if isinstance(module, nn.MultiheadAttention):
-            inside_mha.add(f"{dot}out_proj")
-            for slot in _MHA:
-                if module._parameters.get(slot) is not None:
-                    site = ParameterHost(module, slot).site(f"{dot}{slot}")
-                    add(f"{dot}{slot}", path, slot, site, linear=True, also=path)
-            site = ParameterHost(module.out_proj, "weight").site(f"{dot}out_proj")
-            add(f"{dot}out_proj", f"{dot}out_proj", "weight", site, linear=True, also=path)
+        if path in inside:
             continue
-        kind = kind_of(module)
-        if kind is not None:
-            problem = None
-            try:
-                site = kind(module).site(path)
-            except (WeightFormatError, TargetError) as error:
-                site, problem = Site(path, kind.kind, 0, 0), error
-            add(path, path, LAYER, site, linear=site.kind == "linear", problem=problem)
-            continue
-        for slot, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() in (2, 3):
-                site = ParameterHost(module, slot).site(f"{dot}{slot}")
-                # a stack of one is no expert but a token or a table of positions (ViT)
-                experts = parameter.dim() == 3 and parameter.shape[0] > 1
-                add(f"{dot}{slot}", path, slot, site, linear=experts)
+        if isinstance(module, nn.MultiheadAttention):  # it reads all its weights itself
+            inside.add(f"{dot}out_proj")
+            own = [n for n in _MHA if module._parameters.get(n) is not None]
+            found += [_candidate(modules, head, path, n, f"{dot}{n}", path) for n in own]
+            found.append(_candidate(modules, head, f"{dot}out_proj", "weight", f"{dot}out_proj", path))
+        elif kind_of(module) is not None:
+            found.append(_candidate(modules, head, path, LAYER, path))
+        else:
+            own = [n for n, p in module._parameters.items() if p is not None and p.dim() in (2, 3)]
+            found += [_candidate(modules, head, path, n, f"{dot}{n}") for n in own]
     layers = max((c.site.layer for c in found if c.site.layer is not None), default=-1) + 1
     return [replace(c, site=replace(c.site, layers=layers)) for c in found]
 
@@ -201,73 +188,62 @@ def changed(structure: Structure, changes: Mapping[str, Any]) -> Structure:
 
 
 def _spans(model: nn.Module, site: Site, parts: Sequence[Any]) -> tuple[tuple[str, int, int], ...]:
-    """Row ranges of named parts: q, k, v of a fused qkv (grouped-query sizes from the config)."""
-    config = getattr(model, "config", None)
-    heads: int = getattr(config, "num_attention_heads", None) or 0
-    kv: int = getattr(config, "num_key_value_heads", None) or heads
-    width: int = getattr(config, "head_dim", None) or 0
-    if heads and not width:
-        width = getattr(config, "hidden_size", 0) // heads
-    sizes: dict[str, int]
-    named = [p for p in parts if isinstance(p, str)]
-    if set(named) <= {"gate", "up"}:
-        sizes = {"gate": site.rows // 2, "up": site.rows // 2}
-    elif set(named) <= {"q", "k", "v"}:
-        third = site.rows // 3
-        sizes = {"q": third, "k": third, "v": third}
-        if heads and width and (heads + 2 * kv) * width == site.rows:
-            sizes = {"q": heads * width, "k": kv * width, "v": kv * width}
-    else:
+    """Row ranges of named parts: gate and up, or q, k, v (grouped-query sizes from the config)."""
+    named = {p for p in parts if isinstance(p, str)}
+    names = next((n for n in (("gate", "up"), ("q", "k", "v")) if named <= set(n)), None)
+    if names is None:
         raise TargetError(
-            f'Parts are named "q", "k", "v" or "gate", "up", or given as (name, first row, last '
-            f"row + 1); found {list(parts)} for {site.name}."
+            f'Parts are named "q", "k", "v" or "gate", "up", or given as (name, first row, last row + 1); found '
+            f"{list(parts)} for {site.name}."
         )
-    if sum(sizes.values()) != site.rows:
-        raise TargetError(f"The {site.rows} rows of {site.name} do not split into {list(sizes)}; give row ranges.")
-    spans, start = {}, 0
-    for name, size in sizes.items():
-        spans[name] = (name, start, start + size)
-        start += size
+    # gpt-oss interleaves gate and up row by row; GPT-NeoX, BLOOM and Falcon q, k and v head by head
+    owner, _, last = site.name.rpartition(".")
+    mixed = getattr(model.get_submodule(owner), "is_concatenated", True) is False
+    if named and (mixed or last == "query_key_value"):
+        raise TargetError(f"The parts of {site.name} are interleaved, not row ranges; adapt the whole of it.")
+    sizes = [site.rows // len(names)] * len(names)
+    config = getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if len(names) == 3 and heads:
+        kv = getattr(config, "num_key_value_heads", None) or heads
+        width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+        grouped = [heads * width, kv * width, kv * width]
+        sizes = grouped if sum(grouped) == site.rows else sizes
+    if named and sum(sizes) != site.rows:
+        raise TargetError(f"The {site.rows} rows of {site.name} do not split into {names}; give row ranges.")
+    ends = list(accumulate(sizes))
+    spans = {n: (n, end - size, end) for n, size, end in zip(names, sizes, ends, strict=True)}
     return tuple(spans[p] if isinstance(p, str) else tuple(p) for p in parts)
 
 
 # -- placements -------------------------------------------------------------------------------
 
 
-def _shared(model: nn.Module) -> dict[int, list[tuple[str, str]]]:
-    """id(parameter) -> every (module path, parameter name) that holds it."""
-    holders: dict[int, list[tuple[str, str]]] = {}
-    for path, module in base_modules(model).items():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append((path, name))
-    return holders
-
-
-def _carriers(
-    model: nn.Module, c: Candidate, sites: Sites, found: list[Candidate]
-) -> tuple[tuple[str, str, bool], ...]:
+def _sharing(model: nn.Module, found: list[Candidate]) -> dict[tuple[str, str], list[Candidate]]:
+    """(path, slot) of each candidate -> all candidates that hold the same parameter."""
     modules = base_modules(model)
-    name = "weight" if c.slot == LAYER else c.slot
-    parameter = modules[c.path]._parameters[name]
-    holders = _shared(model)[id(parameter)]
-    by_path = {(o.path, o.slot): o for o in found}
+    holders: dict[int, list[Candidate]] = {}
+    for c in found:
+        parameter = modules[c.path]._parameters["weight" if c.slot == LAYER else c.slot]
+        holders.setdefault(id(parameter), []).append(c)
+    return {(c.path, c.slot): group for group in holders.values() for c in group}
+
+
+def _carriers(c: Candidate, sites: Sites, sharing: list[Candidate]) -> Carriers:
+    """Every module that holds the candidate's weight, itself first."""
     carriers = [(c.path, c.slot, False)]
-    for path, other_name in holders:
-        other = by_path.get((path, LAYER if other_name == "weight" else other_name))
-        if path == c.path or other is None:
+    for other in sharing:
+        if other.path == c.path:
             continue
-        if other.site.kind == c.site.kind:
-            carriers.append((path, other.slot, False))
-        elif sites.tied == "refuse":
+        transposed = other.site.kind != c.site.kind
+        if transposed and sites.tied == "refuse":
             raise TiedWeights(
-                f"{c.path} and {path} share one weight, so an adapter on one is a choice about "
-                f'both. Say Sites(tied="tie") for one shared adapter, used transposed by the '
-                f'head, or Sites(tied="untie") to give the head a copy of its own; or leave '
-                f"both out of the targets."
+                f"{c.path} and {other.path} share one weight, so an adapter on one is a choice about both. Say "
+                f'Sites(tied="tie") for one shared adapter, used transposed by the head, or Sites(tied="untie") to '
+                f"give the head a copy of its own; or leave both out of the targets."
             )
-        elif sites.tied == "tie":
-            carriers.append((path, other.slot, True))
+        if not transposed or sites.tied == "tie":
+            carriers.append((other.path, other.slot, transposed))
     return tuple(carriers)
 
 
@@ -284,38 +260,31 @@ def _structure_at(model: nn.Module, c: Candidate, base: Structure, sites: Sites)
 
 
 def _whole(model: nn.Module, sites: Sites) -> Iterator[tuple[Target, Placement]]:
+    """The tensors to train whole: those that a pattern means, or some module around them."""
     modules = base_modules(model)
+    classes = {path: [k.__name__ for k in type(module).__mro__] for path, module in modules.items()}
+    tensors = [(p, n, t) for p, m in modules.items() for n, t in m._parameters.items() if t is not None]
     for target in sites.train:
-        hits = 0
-        for path, module in modules.items():
-            classes = [k.__name__ for k in type(module).__mro__]
-            dot = f"{path}." if path else ""
-            own = path != "" and target.accepts(path, classes, ())
-            for name, parameter in module._parameters.items():
-                full = f"{dot}{name}"
-                if parameter is None or not (own or _within(target, full, modules) or target.accepts(full, (), ())):
-                    continue
-                if not parameter.is_floating_point():
-                    raise TargetError(
-                        f"Only floating-point tensors can be trained whole; {full} is stored as "
-                        f"{parameter.dtype}. Leave the module unquantised, or adapt it instead."
-                    )
-                hits += 1
-                site = ParameterHost(module, name).site(full)
-                yield target, Placement(site, Replace(), ((path, name, False),))
+        hits = []
+        for path, name, tensor in tensors:
+            parts = [*path.split("."), name] if path else [name]
+            around = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+            if any(target.accepts(p, classes.get(p, ()), ()) for p in around):
+                hits.append((path, name, tensor.dtype))
         if not hits and not target.optional:
-            names = [n for n in modules if n]
             raise TargetError(
-                f"Every pattern of train must match a module or parameter (or be Target(..., "
-                f'optional=True)); "{target}" matches nothing. {_nearest(target, names)}'
+                f"Every pattern of train must match a module or parameter (or be Target(..., optional=True)); "
+                f'"{target}" matches nothing. {_nearest(target, [n for n in modules if n])}'
             )
-
-
-def _within(target: Target, full: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether some module around the parameter is the one meant."""
-    parts = full.split(".")
-    paths = (".".join(parts[:i]) for i in range(1, len(parts)))
-    return any(target.accepts(p, [k.__name__ for k in type(modules[p]).__mro__], ()) for p in paths if p in modules)
+        for path, name, dtype in hits:
+            full = f"{path}.{name}" if path else name
+            if not dtype.is_floating_point:
+                raise TargetError(
+                    f"Only floating-point tensors can be trained whole; {full} is stored as {dtype}. "
+                    f"Leave the module unquantised, or adapt it instead."
+                )
+            site = ParameterHost(modules[path], name).site(full)
+            yield target, Placement(site, Replace(), ((path, name, False),))
 
 
 def resolve(model: nn.Module, structure: Structure, sites: Sites) -> tuple[Placement, ...]:
@@ -327,38 +296,35 @@ def resolve(model: nn.Module, structure: Structure, sites: Sites) -> tuple[Place
         RankError: a rank that does not fit a layer.
     """
     found = candidates(model)
-    chosen = _selected(sites, found) if sites.targets else []
+    adapted = _selected(sites, found) if sites.targets else []
     for pattern in (*(o.target for o in sites.overrides), *(t for t, _ in sites.parts)):
-        _must_match(pattern, [c for c in chosen if c.hit(pattern)], chosen, "overrides and parts")
-    extra: dict[str, TokenRows] = {}
+        _must_match(pattern, [c for c in adapted if c.hit(pattern)], adapted, "overrides and parts")
+    tokens: dict[str, TokenRows] = {}
     for target, ids in sites.tokens:
         hits = [c for c in found if c.site.kind == "embedding" and c.hit(target)]
         _must_match(target, hits, found, "tokens")
-        for c in hits:
-            extra[c.site.name] = TokenRows(tuple(ids))
-            chosen = chosen if c in chosen else [*chosen, c]
-    for c in chosen:
-        if c.problem is not None:
-            raise c.problem
-    adapted = {c.site.name for c in _selected(sites, found)} if sites.targets else set()
+        tokens |= {c.site.name: TokenRows(tuple(ids)) for c in hits}
+    names = {c.site.name for c in adapted}
+    chosen = [c for c in found if c.site.name in names or c.site.name in tokens]
 
-    placements: dict[tuple[tuple[str, str, bool], ...], Placement] = {}
+    sharing = _sharing(model, found)
+    result: list[Placement] = []
     seen: set[tuple[str, str]] = set()
-    for c in sorted(chosen, key=lambda c: c.site.kind != "embedding"):
+    for c in sorted(chosen, key=lambda c: c.site.kind != "embedding"):  # a tied weight is the embedding's
         if (c.path, c.slot) in seen:
             continue
-        carriers = _carriers(model, c, sites, found)
+        if c.problem is not None:
+            raise c.problem
+        carriers = _carriers(c, sites, sharing[c.path, c.slot])
         seen |= {(path, slot) for path, slot, _ in carriers}
-        here: Structure | None = None
-        if c.site.name in adapted:
-            here = _structure_at(model, c, structure, sites)
-        if c.site.name in extra:
-            here = Stack(here, extra[c.site.name]) if here else extra[c.site.name]
+        rows = tokens.get(c.site.name)
+        here = _structure_at(model, c, structure, sites) if c.site.name in names else rows
+        here = Stack(here, rows) if rows and here is not rows and here else here
         assert here is not None
         here.factors(c.site)  # a rank or a token id that does not fit raises now
-        placements[carriers] = Placement(c.site, here, carriers)
+        result.append(Placement(c.site, here, carriers))
     order = {c.site.name: i for i, c in enumerate(found)}
-    result = sorted(placements.values(), key=lambda p: order[p.site.name])
+    result.sort(key=lambda p: order[p.site.name])
     taken = {path for p in result for path, slot, _ in p.carriers if slot == LAYER}
     for placement in {p.site.name: p for _, p in _whole(model, sites)}.values():
         path, name, _ = placement.carriers[0]
@@ -415,13 +381,8 @@ def _sites(count: int) -> str:
 
 def trainable_count(placement: Placement) -> int:
     """Trainable parameters of one placement."""
-    total = 0
-    for factor in placement.structure.factors(placement.site).values():
-        size = placement.site.stack or 1
-        for n in factor.shape:
-            size *= n
-        total += size * factor.trainable
-    return total
+    factors = placement.structure.factors(placement.site).values()
+    return (placement.site.stack or 1) * sum(prod(f.shape) for f in factors if f.trainable)
 
 
 def report(model: nn.Module, structure: Structure, sites: Sites) -> TargetReport:
