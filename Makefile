@@ -11,7 +11,7 @@ help:            ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(READY)   ## fine-tune, compare, merge and save a small model that ships with the package
-	$(BIN)/rankwise demo
+	$(BIN)/python -m demo
 
 test: lint types docs tests   ## everything that must hold; pytest's summary comes last
 

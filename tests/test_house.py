@@ -33,7 +33,7 @@ LEVELS = [
     {"lifecycle", "serve", "lab", "formats", "embedded"},
     {"hf", "select", "testing"},
     {"__init__"},
-    {"demo"},  # from here on rankwise is used as its users do: import rankwise as rw
+
     {"cli"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}

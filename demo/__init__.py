@@ -17,6 +17,7 @@ from typing import Any
 
 METHODS = ("lora", "dora", "pissa", "lokr", "oft", "full")
 PROMPT = "def read(self, path):\n"
+ROOT = Path(__file__).parents[1]
 
 
 def compare(folder: Path, methods: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
@@ -34,9 +35,9 @@ def compare(folder: Path, methods: Sequence[str], say: Callable[[str], None]) ->
         while waiting or running:
             while waiting and len(running) < min(2, os.cpu_count() or 1):
                 method = waiting.pop(0)
-                command = [sys.executable, "-m", "rankwise.demo.arm", method, str(folder)]
+                command = [sys.executable, "-m", "demo.arm", method, str(folder.resolve())]
                 with (folder / f"{method}.log").open("w") as log:
-                    running[method] = subprocess.Popen(command, stderr=log, stdout=log, env=environment)
+                    running[method] = subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log, env=environment)
             time.sleep(0.2)
             for method in [m for m, p in running.items() if p.poll() is not None]:
                 if running.pop(method).returncode:
@@ -55,8 +56,8 @@ def verify(folder: Path, method: str) -> dict[str, Any]:
 
     import rankwise as rw
     from rankwise import embedded
-    from rankwise.demo.arm import bits_per_byte
-    from rankwise.demo.corpus import texts
+    from demo.arm import bits_per_byte
+    from demo.corpus import texts
 
     text = texts()
     model, tokenizer = embedded.load()
@@ -83,8 +84,8 @@ def run(folder: Path, methods: Sequence[str] = METHODS) -> dict[str, Any]:
     """The whole demo: train, compare, draw, merge, generate; returns what it printed as data."""
     from rich.console import Console
 
-    from rankwise.demo import report
-    from rankwise.demo.arm import quiet
+    from demo import report
+    from demo.arm import quiet
 
     folder.mkdir(parents=True, exist_ok=True)
     screen, progress = Console(width=110, highlight=False), Console(stderr=True, highlight=False)

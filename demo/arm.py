@@ -1,6 +1,6 @@
 """One method of the demo, in a process of its own: choose the rate, train two seeds, measure.
 
-``python -m rankwise.demo.arm METHOD FOLDER`` writes ``FOLDER/METHOD.json`` and, for an adapter,
+``python -m demo.arm METHOD FOLDER`` writes ``FOLDER/METHOD.json`` and, for an adapter,
 ``FOLDER/METHOD/adapter.safetensors`` of its first seed. METHOD is a recipe's name, "full" (every parameter trained) or
 "scratch" (the same from random weights).
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import rankwise as rw
 from rankwise import embedded
-from rankwise.demo.corpus import Text, texts
+from demo.corpus import Text, texts
 
 STEPS, PROBE, BATCH = 48, 12, 4
 RATES = (1.0, 3.0, 9.0)  # times the recipe's own, which is meant for longer runs
