@@ -55,9 +55,9 @@ def verify(folder: Path, method: str) -> dict[str, Any]:
     import torch
 
     import rankwise as rw
-    from rankwise import embedded
     from demo.arm import bits_per_byte
     from demo.corpus import texts
+    from rankwise import embedded
 
     text = texts()
     model, tokenizer = embedded.load()

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise import embedded
 from demo.corpus import Text, texts
+from rankwise import embedded
 
 STEPS, PROBE, BATCH = 48, 12, 4
 RATES = (1.0, 3.0, 9.0)  # times the recipe's own, which is meant for longer runs
