@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SEPARATOR = "\0"
-_FOLD = str.maketrans(
-    {"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "...", "\xa0": " ", "\0": ""}
-)
+_FOLD = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "...", "\xa0": " ", "\0": ""})
 
 
 @dataclass
@@ -60,9 +58,7 @@ def detokenise(line: str) -> str:
 
 def cut(text: str, valid: float, test: float) -> Split:
     """Split one document by position, at line ends: its last part is test text, then valid."""
-    marks = [
-        text.rfind("\n", 0, int(len(text) * share)) + 1 for share in (1 - valid - test, 1 - test)
-    ]
+    marks = [text.rfind("\n", 0, int(len(text) * share)) + 1 for share in (1 - valid - test, 1 - test)]
     return Split([text[: marks[0]]], [text[marks[0] : marks[1]]], [text[marks[1] :]])
 
 
@@ -91,8 +87,7 @@ def masc(folder: Path) -> Split:
     split = Split()
     for path in sorted(folder.glob("*/*.txt")):
         lines = (
-            " ".join(token.rpartition("_")[0] or token for token in line.split())
-            for line in read(path).splitlines()
+            " ".join(token.rpartition("_")[0] or token for token in line.split()) for line in read(path).splitlines()
         )
         split.extend(cut(clean("\n".join(detokenise(line) for line in lines)), 0.02, 0.04))
     return split
@@ -101,10 +96,7 @@ def masc(folder: Path) -> Split:
 def gsm8k(folder: Path) -> Split:
     """Word problems of the training file, never the test file; the last 120 are test text."""
     rows = [json.loads(line) for line in read(folder / "train_first3000.jsonl").splitlines()]
-    texts = [
-        clean(f"Question: {row['question']}\nAnswer: {re.sub('<<.*?>>', '', row['answer'])}")
-        for row in rows
-    ]
+    texts = [clean(f"Question: {row['question']}\nAnswer: {re.sub('<<.*?>>', '', row['answer'])}") for row in rows]
     return Split(texts[:-180], texts[-180:-120], texts[-120:])
 
 
@@ -207,13 +199,9 @@ def main() -> None:
     for part in ("train", "valid", "test"):
         documents = getattr(whole, part)
         (args.out / f"{part}.txt").write_text(SEPARATOR.join(documents), "utf-8", newline="\n")
-        print(
-            f"{part}: {len(documents)} documents, {sum(len(d.encode()) for d in documents)} bytes"
-        )
+        print(f"{part}: {len(documents)} documents, {sum(len(d.encode()) for d in documents)} bytes")
     for name, documents in tests.items():
-        (args.out / "test" / f"{name}.txt").write_text(
-            SEPARATOR.join(documents), "utf-8", newline="\n"
-        )
+        (args.out / "test" / f"{name}.txt").write_text(SEPARATOR.join(documents), "utf-8", newline="\n")
     (args.out / "english_test.txt").write_text(excerpt(tests), "utf-8", newline="\n")
 
 

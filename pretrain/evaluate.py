@@ -28,9 +28,7 @@ def xz_size(data: bytes) -> int:
 
 
 @torch.no_grad()
-def document_bits(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, rows: int = 8
-) -> float:
+def document_bits(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, rows: int = 8) -> float:
     """Score a document.
 
     A window sees at least half the context before the tokens that it predicts, and every token is
@@ -64,9 +62,7 @@ def document_bits(
     return total / math.log(2)
 
 
-def measure(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Path
-) -> dict[str, dict[str, float]]:
+def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Path) -> dict[str, dict[str, float]]:
     """Score all test text.
 
     Args:
@@ -111,9 +107,7 @@ def main() -> None:
     figures = measure(model, AutoTokenizer.from_pretrained(args.model), args.corpus)
     if args.write:
         fresh = args.model / "bits.json.tmp"
-        fresh.write_text(
-            json.dumps({"unit": "bits per byte", "held_out": figures}, indent=2) + "\n"
-        )
+        fresh.write_text(json.dumps({"unit": "bits per byte", "held_out": figures}, indent=2) + "\n")
         os.replace(fresh, args.model / "bits.json")
 
 

@@ -40,10 +40,7 @@ def train_tokenizer(documents: list[str], size: int, context: int) -> PreTrained
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(WORDS, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+        [pre_tokenizers.Split(WORDS, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     layout = ["\n" * n for n in (2, 3)] + ["\t" * n for n in (2, 3)] + [" " * n for n in (4, 8, 12)]
@@ -158,9 +155,7 @@ def save(
     os.replace(fresh, final)
 
 
-def resume(
-    folder: Path, model: LlamaForCausalLM, made: list[torch.optim.Optimizer]
-) -> dict[str, float]:
+def resume(folder: Path, model: LlamaForCausalLM, made: list[torch.optim.Optimizer]) -> dict[str, float]:
     """Load weights and optimizer state from a folder that ``save`` wrote.
 
     Args:
