@@ -11,18 +11,12 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterMixin", "Trainer", "Watch", "data", "reference"]
 
-_HOME = {
-    "AdapterMixin": "trainer",
-    "Trainer": "trainer",
-    "Watch": "watch",
-    "reference": "references",  # a module of that name would hide the function
-}
+# in which module each lies; one of the name "reference" would hide the function
+_HOME = {"AdapterMixin": "trainer", "Trainer": "trainer", "Watch": "watch", "data": "data", "reference": "references"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f"{__name__}.{_HOME.get(name, name)}")
-    value = getattr(module, name) if name in _HOME else module
-    globals()[name] = value
-    return value
+    module = import_module(f"{__name__}.{_HOME[name]}")
+    return getattr(module, name, module)  # data is the module itself

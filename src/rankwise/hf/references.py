@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from rankwise.attach import registry_of, set_active
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout and activation checkpointing off, as in a reference that is a model of its own."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+from rankwise.attach import set_active
 
 
 @functools.cache
 def _reference_class(base: type[nn.Module]) -> type[nn.Module]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # no_grad outermost: activity.py then knows that no re-run inside backward can be meant
-        with torch.no_grad(), _evaluating(self), set_active(self, self.reference_active):
-            return base.__call__(self, *args, **kwargs)
+        # dropout and activation checkpointing off, as in a reference that is a model of its own
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            # no_grad outermost: activity.py then knows that no re-run inside backward can be meant
+            with torch.no_grad(), set_active(self, self.reference_active):
+                return base.__call__(self, *args, **kwargs)
+        finally:
+            for module in training:
+                module.training = True
 
     body = {"__call__": call, "__module__": base.__module__, "__qualname__": base.__qualname__}
     return type(base.__name__, (base,), body)
@@ -67,10 +61,8 @@ def reference(model: nn.Module, active: str | Sequence[str] | None = None) -> An
         >>> bool((model(x) == before).all()), bool((reference(model)(x) == before).all())
         (False, True)
     """
-    choice = registry_of(model).activity.choice
-    set_active(model, active)  # refuses an unknown name
-    registry_of(model).activity.choice = choice
-    shared = copy.copy(model)
-    shared.reference_active = active  # type: ignore[assignment]
+    with set_active(model, active):  # refuses an unknown name
+        shared: Any = copy.copy(model)
+    shared.reference_active = active
     shared.__class__ = _reference_class(type(model))
     return shared

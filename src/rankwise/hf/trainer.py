@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from rankwise.attach import Adapter, adapters
-from rankwise.errors import ModelTypeError, SaveError, TrainingError
+from rankwise.errors import ModelTypeError, TrainingError
 from rankwise.hf import checkpoint
 from rankwise.hf.references import reference
 from rankwise.hf.watch import Watch, active, first_wrong, last_good, trained
@@ -34,10 +34,10 @@ else:
 _OF_SOLVER = ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
-def _given(args: Any, name: str) -> bool:
-    """Whether an argument differs from the default of its class."""
-    default = next(f.default for f in dataclasses.fields(args) if f.name == name)
-    return getattr(args, name) != default
+def _given(args: Any, names: tuple[str, ...]) -> list[str]:
+    """Those of the arguments that differ from the default of their class."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    return [name for name in names if getattr(args, name) != defaults[name]]
 
 
 # -- before transformers sees the model -------------------------------------------------------
@@ -46,30 +46,22 @@ def _given(args: Any, name: str) -> bool:
 def _check_model(model: Any, trainer: type) -> list[Adapter]:
     """The adapters to train, on a model that can be trained and saved this way."""
     if not isinstance(model, nn.Module):
-        raise ModelTypeError(
-            f"A trainer of rankwise takes the model itself, with an adapter attached; found "
-            f"{type(model).__name__}. Load it, then rw.attach(model, recipe)."
-        )
+        raise ModelTypeError(f"A trainer takes an adapted model itself; found {type(model).__name__}. Load it first.")
     chosen = trained(model)
-    ours = {id(p) for a in adapters(model).values() for _, p in a.named_parameters()}
-    loose = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
+    ours = {p for adapter in adapters(model).values() for p in adapter.parameters()}
+    loose = [name for name, p in model.named_parameters() if p.requires_grad and p not in ours]
     if loose:
-        raise TrainingError(
-            f"Checkpoints hold adapters alone, so the base is frozen; {len(loose)} of its "
-            f"parameters would be trained and lost ({loose[0]} ...). Freeze them, or make them "
-            f"part of the adapter: Sites(train={loose[0]!r})."
-        )
+        found = f"{len(loose)} parameters of the base would be trained and lost ({loose[0]} ...)"
+        remedy = f"Freeze them, or make them part of the adapter: Sites(train={loose[0]!r})."
+        raise TrainingError(f"Checkpoints hold adapters alone; {found}. {remedy}")
     if any(c.__module__.split(".")[0] == "trl" for c in trainer.__mro__):
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        modules = dict(model.named_modules())
-        for adapter in active(model):
-            for placement in adapter.placements:
-                if any(modules[path] is head for path, _, _ in placement.carriers):
-                    raise TrainingError(
-                        f"TRL multiplies by the output head's weight itself, so an adapter there "
-                        f"is never trained; {placement.site.name} has one. Leave it out "
-                        f"(Sites(exclude=...)), or train with rw.hf.Trainer."
-                    )
+        heads = {path for path, module in model.named_modules(remove_duplicate=False) if module is head}
+        placements = [placement for adapter in active(model) for placement in adapter.placements]
+        on_head = [p.site.name for p in placements if heads & {path for path, _, _ in p.carriers}]
+        if on_head:
+            found = f"{on_head[0]} has one. Leave it out (Sites(exclude=...)), or train with rw.hf.Trainer."
+            raise TrainingError(f"TRL multiplies by the output head's weight itself, past an adapter there; {found}")
     return chosen
 
 
@@ -81,14 +73,11 @@ def _admitted(model: Any, chosen: list[Adapter]) -> Iterator[None]:
     quantised base to bfloat16.
     """
     before = {p: p.detach().clone() for adapter in chosen for p in adapter.parameters()}
-    quantised = getattr(model, "is_quantized", False)
-    if quantised:
-        model._hf_peft_config_loaded = True
     try:
+        model._hf_peft_config_loaded = getattr(model, "is_quantized", False)
         yield
     finally:
-        if quantised:
-            model._hf_peft_config_loaded = False
+        model._hf_peft_config_loaded = False
         for parameter, value in before.items():
             if parameter.dtype != value.dtype:
                 parameter.data = value.to(parameter.device)
@@ -122,33 +111,27 @@ class AdapterMixin(_Base):
     """
 
     def __init__(self, model: Any = None, args: Any = None, *, lr: float | None = None, **kwargs: Any) -> None:
-        self._chosen = _check_model(model, type(self))
-        self._lr = lr
-        self._batch: tuple[Any, Any] | None = None
-        self._elsewhere: str | None = None
-        wanted = inspect.signature(super().__init__).parameters
-        kept = [a.name for a in active(model) if a not in self._chosen]
+        self._chosen, self._lr = _check_model(model, type(self)), lr
+        self._again: Any = None  # runs the last batch once more
+        self._unfinished: str | None = None  # the folder in which a checkpoint is being written
         if getattr(args, "sync_ref_model", False):
-            raise TrainingError(
-                "The reference shares the policy's weights with the adapters off, so there is "
-                "nothing to synchronise. Set sync_ref_model=False."
-            )
+            raise TrainingError("The reference shares the policy's weights: set sync_ref_model=False.")
+        wanted = inspect.signature(super().__init__).parameters
+        kept = [adapter.name for adapter in active(model) if adapter not in self._chosen]
         if "ref_model" in wanted and kwargs.get("ref_model") is None:
             kwargs["ref_model"] = reference(model, kept)
         online = "reward_funcs" in wanted
         beta = getattr(args, "beta", 0.0) if online else 0.0
+        if beta:  # GRPO and RLOO load a second model otherwise, and take no ref_model
+            args = copy.copy(args)
+            args.beta = 0.0
+        with _admitted(model, self._chosen):
+            super().__init__(model=model, args=args, **kwargs)
         if beta:
-            args.beta = 0.0  # GRPO and RLOO load a second model otherwise, and take no ref_model
-        try:
-            with _admitted(model, self._chosen):
-                super().__init__(model=model, args=args, **kwargs)
-        finally:
-            if beta:
-                args.beta = beta
-        if beta:
-            policy = self.accelerator.unwrap_model(self.model)
+            shared = reference(self.accelerator.unwrap_model(self.model), kept)
             self.beta: float = beta
-            self.ref_model: Any = self.accelerator.prepare_model(reference(policy, kept), evaluation_mode=True)
+            self.args.beta = beta  # type: ignore[attr-defined]
+            self.ref_model: Any = self.accelerator.prepare_model(shared, evaluation_mode=True)
         if self.optimizer is None:
             self._check_arguments()
         self._journal = checkpoint.Journal(self)
@@ -159,18 +142,14 @@ class AdapterMixin(_Base):
 
     def _check_arguments(self) -> None:
         """Refuse what would silently be ignored."""
-        ignored = [name for name in _OF_SOLVER if _given(self.args, name)]
+        ignored = [f"{name}={getattr(self.args, name)}" for name in _given(self.args, _OF_SOLVER)]
         if ignored:
+            remedy = "Say it in the recipe: recipe.with_(solver=rankwise.solvers.AdamW(weight_decay=...))."
+            raise TrainingError(f"The recipe's solver decides these, not the arguments: {', '.join(ignored)}. {remedy}")
+        solvers = [adapter.recipe.solver for adapter in self._chosen]
+        if any(solver != solvers[0] for solver in solvers):
             raise TrainingError(
-                f"The recipe's solver decides these, so the arguments leave them alone; found "
-                f"{', '.join(f'{n}={getattr(self.args, n)}' for n in ignored)}. Say it in the "
-                f"recipe: recipe.with_(solver=rankwise.solvers.AdamW(weight_decay=...))."
-            )
-        recipes = [adapter.recipe for adapter in self._chosen]
-        if any(recipe.solver != recipes[0].solver for recipe in recipes):
-            raise TrainingError(
-                "Adapters that are trained together share a solver; found "
-                f"{', '.join(repr(r.solver) for r in recipes)}. Train them one after the other."
+                f"Adapters that are trained together share a solver; found {solvers}. Train one at a time."
             )
         self._rate()
 
@@ -178,14 +157,11 @@ class AdapterMixin(_Base):
         """The one learning rate, and who chose it."""
         if self._lr is not None:
             return self._lr, "lr="
-        if _given(self.args, "learning_rate"):
+        if _given(self.args, ("learning_rate",)):
             return self.args.learning_rate, "the arguments"
         rates = {adapter.recipe.lr for adapter in self._chosen}
         if len(rates) > 1:
-            raise TrainingError(
-                f"Adapters that are trained together share a learning rate; their recipes say "
-                f"{sorted(rates)}. Give lr=."
-            )
+            raise TrainingError(f"Adapters that are trained together share a learning rate; found {rates}. Give lr=.")
         return rates.pop(), f"the recipe {self._chosen[0].recipe.name}"
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -204,122 +180,64 @@ class AdapterMixin(_Base):
 
     # -- the loss -----------------------------------------------------------------------------
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The trainer's loss; while training, with the recipes' penalties."""
-        adapted: Any = self.model
-        training = adapted.training
-        if training:
-            self._batch = copy.copy(inputs), num_items_in_batch
-        found = super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
-        if not training or not any(a.recipe.penalties for a in self._chosen):
-            return found
-        penalty = sum(a.penalty(self.state.global_step) for a in self._chosen)
-        if self._scaled(num_items_in_batch):
-            penalty = penalty / self.current_gradient_accumulation_steps
-        if isinstance(found, tuple):
-            return found[0] + penalty, *found[1:]
-        return found + penalty
-
-    def _scaled(self, num_items_in_batch: Any) -> bool:
-        """Whether the loss is divided by the accumulation steps already (as in training_step)."""
-        if self.loss_is_scaled_for_ga is not None:
-            return self.loss_is_scaled_for_ga
-        whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return bool(whole or self.compute_loss_func is not None)
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's loss; remembers the batch, to look for the origin of a NaN."""
+        self._again = functools.partial(super().compute_loss, model, copy.copy(inputs), *args, **kwargs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """A step; stops where the loss is not finite, before it is applied.
+        """A step with the recipes' penalties; stops where the loss is not finite, before it is applied.
 
         Raises:
             TrainingError: the loss is NaN or infinite; says at which step and site.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
+        penalty = sum(adapter.penalty(self.state.global_step) for adapter in self._chosen)
+        if isinstance(penalty, Tensor):
+            penalty = penalty / self.current_gradient_accumulation_steps
+            self.accelerator.backward(penalty)
+            loss = loss + penalty.detach()
         if not torch.isfinite(loss).all():
-            raise TrainingError(
-                f"The loss became {loss.mean().item()} at step {self.state.global_step + 1}: "
-                f"{first_wrong(self._chosen, self._again)}. This step was not applied. "
-                f"{last_good(self.args)} Lower the learning rate, or look at the batch."
-            )
+            with self.compute_loss_context_manager():
+                place = first_wrong(self._chosen, self._again)
+            where = f"at step {self.state.global_step + 1}: {place}. This step was not applied"
+            raise TrainingError(f"The loss became {loss.mean().item()} {where}. {last_good(self.args)}")
         return loss
-
-    def _again(self) -> Any:
-        assert self._batch is not None
-        inputs, items = self._batch
-        model: Any = self.model_wrapped
-        with self.compute_loss_context_manager():
-            return super().compute_loss(model, inputs, num_items_in_batch=items)
 
     # -- files --------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained adapters and the arguments; outside of checkpoints the tokenizer too.
-
-        Every rank calls it.
+        """Write the trained adapters; outside of checkpoints the tokenizer too. Every rank calls it.
 
         Raises:
             TrainingError: a factor is not finite.
             SaveError: the disk is full or not writable.
         """
-        folder = Path(output_dir or str(self.args.output_dir))
+        folder = output_dir or str(self.args.output_dir)
         checkpoint.save(self._chosen, folder)
-        if self.args.should_save:
-            (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
-            if not _internal_call:
-                collator = getattr(self.data_collator, "tokenizer", None)
-                tokenizer: Any = self.processing_class or collator
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(folder)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self.save_model(output_dir, _internal_call=True)
+        tokenizer: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None and self.args.should_save and not _internal_call:
+            tokenizer.save_pretrained(folder)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return self._elsewhere or super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._elsewhere is None:  # a folder that is about to be moved is not uploaded
-            super()._push_from_checkpoint(checkpoint_folder)
+        return self._unfinished or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        run = Path(self._get_output_dir(trial))
-        final = run / f"checkpoint-{self.state.global_step}"
-
-        def write(folder: Path) -> None:
-            self._elsewhere = str(folder.parent)
-            former = self.state.best_model_checkpoint
+        run, state = Path(self._get_output_dir(trial)), self.state
+        final, former = run / f"checkpoint-{state.global_step}", state.best_model_checkpoint
+        state.stateful_callbacks["Journal"] = self._journal.sums()  # type: ignore[index]
+        with checkpoint.whole_folder(final, self.accelerator) as folder:
+            self._unfinished = str(folder.parent)
             try:
-                super(AdapterMixin, self)._save_checkpoint(model, trial)
-            except RuntimeError as error:  # what torch.save raises where the disk is full
-                if "PytorchStreamWriter" in str(error) or "enforce fail" in str(error):
-                    raise SaveError(str(error)) from error
-                raise
+                super()._save_checkpoint(model, trial)
             finally:
-                self._elsewhere = None
-            best = run / f"checkpoint-{self.state.best_global_step}"
-            known = self.state.best_global_step and (best == final or best.exists())
-            self.state.best_model_checkpoint = str(best) if known else former
+                self._unfinished = None
+            best = run / f"checkpoint-{state.best_global_step}"
+            state.best_model_checkpoint = str(best) if best == final or best.exists() else former
             if self.args.should_save:
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-            name = f"progress-{self.args.process_index}.json"
-            (folder / name).write_text(json.dumps(checkpoint.progress(self), default=float))
-
-        first, wait = self.args.should_save, self.accelerator.wait_for_everyone
-        checkpoint.whole_folder(final, write, first, wait)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if first:
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+                state.save_to_json(str(folder / "trainer_state.json"))
+        if self.args.should_save:
+            rotate_checkpoints(str(run), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.restore(self._chosen, resume_from_checkpoint)
@@ -327,18 +245,11 @@ class AdapterMixin(_Base):
     def _load_best_model(self) -> None:
         checkpoint.restore(self._chosen, str(self.state.best_model_checkpoint))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            file = Path(checkpoint) / f"progress-{self.args.process_index}.json"
-            self._journal.resumed = json.loads(file.read_text()) if file.exists() else None
-
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         # TRL 1.16 caches by the weights' hash alone, so that a run with the adapters on (its own
         # default) and one with them off would share values
-        given = getattr(self, "_precompute_model_hash", None) or ""
-        if not given.endswith(":rankwise"):
-            self._precompute_model_hash = given + ":rankwise"
+        given = (getattr(self, "_precompute_model_hash", None) or "").removesuffix(":rankwise")
+        self._precompute_model_hash = f"{given}:rankwise"
         return super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -28,10 +32,8 @@ def active(model: nn.Module) -> list[Adapter]:
     """
     choice = registry_of(model).activity.choice
     if isinstance(choice, Routing) or not choice:
-        raise TrainingError(
-            f"A trainer trains the active adapters; {'rows are routed' if choice else 'none is'} "
-            f"now, attached are {list(adapters(model))}. Call rw.set_active(model, names) first."
-        )
+        found = f"{'rows are routed' if choice else 'none is'} now, attached are {list(adapters(model))}"
+        raise TrainingError(f"A trainer trains the active adapters; {found}. Call rw.set_active(model, names) first.")
     return [adapters(model)[name] for name in choice]
 
 
@@ -42,30 +44,25 @@ def trained(model: nn.Module) -> list[Adapter]:
         AttachError: nothing is attached.
         TrainingError: no adapter is active, or all of them are frozen.
     """
-    found = [adapter for adapter in active(model) if any(True for _ in adapter.parameters())]
+    found = [adapter for adapter in active(model) if list(adapter.parameters())]
     if not found:
         raise TrainingError(
-            "The active adapters are frozen: rw.load(..., trainable=True), or "
-            "adapter.requires_grad_(), makes one trainable."
+            "The active adapters are frozen. Call adapter.requires_grad_(), or rw.load(trainable=True)."
         )
     return found
 
 
 def last_good(args: Any) -> str:
-    """A sentence about the checkpoint to go back to."""
+    """What to do where a number is not finite: the checkpoint to go back to, and a remedy."""
     folder = str(args.output_dir)
     last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-    return f"The last good checkpoint is {last}." if last else "No checkpoint was written yet."
+    good = f"The last good checkpoint is {last}." if last else "No checkpoint was written yet."
+    return f"{good} Lower the learning rate, or look at the batch."
 
 
 def _finite(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return not value.is_floating_point() or bool(torch.isfinite(value).all())
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, tuple | list):
-        return True
-    return all(_finite(v) for v in value)
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def first_wrong(among: Sequence[Adapter], again: Callable[[], Any]) -> str:
@@ -80,33 +77,33 @@ def first_wrong(among: Sequence[Adapter], again: Callable[[], Any]) -> str:
     """
     for adapter in among:
         for name, parameter in adapter.named_parameters():
-            if not _finite(parameter.detach()):
+            if not _finite(parameter):
                 return f"factor {name} is not finite"
     found: list[str] = []
+    inside = {module: name for name, module in among[0].model.named_modules() if name}  # the model's own is the loss
 
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not _finite(output):
-                found.append(name)
+    def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        ours = isinstance(module, Adapters | SiteFactors)
+        if not found and module in inside and not ours and not _finite(output):
+            found.append(f"the output of {inside[module]} is not finite")
 
-        return hook
-
-    hooks = [
-        module.register_forward_hook(look(name))
-        for name, module in among[0].model.named_modules()
-        if name and not isinstance(module, Adapters | SiteFactors)  # the model's own holds the loss
-    ]
+    handle = register_module_forward_hook(look)
     try:
         with torch.no_grad():
             again()
     except Exception as error:  # a diagnosis must not hide what it explains
-        found.append(f"(the batch cannot be run again: {error})")
+        found.append(f"the batch cannot be run again ({error})")
     finally:
-        for handle in hooks:
-            handle.remove()
-    if found:
-        return f"the output of {found[0]} is not finite"
-    return "every activation is finite, so it is the loss itself (is every label masked?)"
+        handle.remove()
+    return found[0] if found else "every activation is finite, so it is the loss itself (is every label masked?)"
+
+
+@dataclass(eq=False)
+class _Factor:
+    site: str
+    name: str
+    parameter: nn.Parameter
+    learnt: bool = False  # whether it ever had a gradient
 
 
 @final
@@ -126,107 +123,80 @@ class Watch(TrainerCallback):
 
     def __init__(self, steps: int = 50, patient: bool = False) -> None:
         self.steps, self.patient = steps, patient
-        self.done = 0
-        self.started = False
-        self.reached: set[str] = set()
-        self.untouched: list[str] = []
-        self._parameters: list[tuple[str, str, nn.Parameter]] = []
-        self._waiting: set[str] = set()
-        self._stacked: set[str] = set()
-        self._experts: dict[str, Tensor] = {}
-        self._hooks: dict[str, list[Any]] = {}
+        self._hooks: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the adapters that are about to be trained."""
         self._release()
-        self.done, self.started, self.reached, self.untouched = 0, False, set(), []
-        model, self._parameters, self._experts = kwargs["model"], [], {}
-        modules = dict(model.named_modules())
-        for adapter in trained(model):
-            for name, parameter in adapter.named_parameters(trainable=True):
-                self._parameters.append((name.rpartition("/")[0], name, parameter))
-            for placement in adapter.placements:
-                hook = self._look(placement.site.name)
-                self._hooks.setdefault(placement.site.name, []).extend(
-                    modules[path].register_forward_pre_hook(hook, with_kwargs=True) for path, _, _ in placement.carriers
-                )
-                if placement.site.stack:
-                    self._stacked.add(placement.site.name)
-        self._waiting = {name for _, name, _ in self._parameters}
+        self.done, self.started = 0, False
+        self.reached: set[str] = set()
+        self.untouched: list[str] = []
+        chosen, modules = trained(kwargs["model"]), dict(kwargs["model"].named_modules())
+        named = [pair for adapter in chosen for pair in adapter.named_parameters(trainable=True)]
+        self._factors = [_Factor(name.rpartition("/")[0], name, parameter) for name, parameter in named]
+        placements = [placement for adapter in chosen for placement in adapter.placements]
+        self._hooks = [
+            modules[path].register_forward_pre_hook(partial(self._reach, placement.site.name), with_kwargs=True)
+            for placement in placements
+            for path, _, _ in placement.carriers
+        ]
+        stacks = {placement.site.name: placement.site.stack for placement in placements if placement.site.stack}
+        self._routed = {site: torch.zeros(stack, dtype=torch.bool) for site, stack in stacks.items()}
 
-    def _look(self, site: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-            if module.training and (not tensors or tensors[0].numel()):
-                self.reached.add(site)
-
-        return hook
+    def _reach(self, site: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        if module.training and (not tensors or tensors[0].numel()):
+            self.reached.add(site)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the gradients before they are applied."""
-        with_gradient = [item for item in self._parameters if item[2].grad is not None]
-        sizes: list[float] = []
-        if with_gradient:
-            norms = torch._foreach_norm([p.grad for _, _, p in with_gradient if p.grad is not None])
-            whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]  # type: ignore
-            sizes = torch.stack([n.float() for n in whole]).tolist()
-        looked = list(zip(with_gradient, sizes, strict=True))
-        wrong = [item[1] for item, size in looked if not math.isfinite(size)]
+        step = state.global_step + 1
+        sizes = _norms([factor.parameter for factor in self._factors])
+        wrong = [f.name for f, size in zip(self._factors, sizes, strict=True) if not math.isfinite(size)]
         if wrong and getattr(kwargs.get("optimizer"), "scaler", None) is None:  # a scaler skips such steps itself
             self._release()
-            raise TrainingError(
-                f"The gradient became NaN or infinite at step {state.global_step + 1}, first at "
-                f"{wrong[-1]} (of {len(wrong)} factors; gradients flow from the last site to the "
-                f"first), and was not applied. {last_good(args)} "
-                f"Lower the learning rate, or look at the batch."
-            )
+            where = f"at step {step}, first at {wrong[-1]} (the last in the model)"
+            raise TrainingError(f"The gradient became NaN or infinite {where}, and was not applied. {last_good(args)}")
         self.done += 1
         if wrong or self.done > self.steps:
             return
-        alive = [item for item, size in looked if size > 0]
-        self._waiting -= {name for _, name, _ in alive}
-        for site, _, parameter in alive:
-            if site in self._stacked and parameter.grad is not None:
-                routed = parameter.grad.detach().flatten(1).ne(0).any(1)
-                self._experts[site] = self._experts.get(site, routed) | routed
+        alive = [factor for factor, size in zip(self._factors, sizes, strict=True) if size > 0]
+        for factor in alive:
+            factor.learnt = True
+            self.reached.add(factor.site)
+            if factor.site in self._routed:
+                gradient: Any = factor.parameter.grad
+                self._routed[factor.site] |= gradient.flatten(1).ne(0).any(1).cpu()
         if not self.started and (alive or not self.patient):
             self.started = True
-            self._check_sites(state.global_step + 1, {site for site, _, _ in alive})
+            self._check_sites(step, {factor.site for factor in alive})
         if self.done == self.steps:
-            self._check_factors(state.global_step + 1)
+            self._check_factors(step)
 
     def _check_sites(self, step: int, alive: set[str]) -> None:
-        sites = dict.fromkeys(site for site, _, _ in self._parameters)
-        silent = [site for site in sites if site not in alive and site in self.reached]
-        self._release(alive)
+        dead = [site for site in dict.fromkeys(factor.site for factor in self._factors) if site not in alive]
+        silent = [site for site in dead if site in self.reached]
         if silent or not alive:
             self._release()
-            raise TrainingError(
-                f"Every site learns from step one; after step {step} no factor has a gradient at "
-                f"{len(silent)} of {len(sites)} sites: {', '.join(silent[:4])}. The usual causes: "
-                f"every label is masked (-100), the layer runs under no_grad or is read past its "
-                f"forward, or reentrant activation checkpointing with frozen inputs "
-                f"(use_reentrant=False)."
+            found = (
+                f"no factor has a gradient at {len(silent)} of {len(dead) + len(alive)} sites: {', '.join(silent[:4])}"
             )
-        self._list([site for site in sites if site not in alive], step)
+            causes = "every label masked (-100), a weight read past its layer's forward, or reentrant checkpointing"
+            raise TrainingError(f"Every site learns from step one; after step {step} {found}. Usual causes: {causes}.")
+        self._list(dead, step)
 
     def _check_factors(self, step: int) -> None:
         self._release()
-        idle = [s for s in dict.fromkeys(s for s, _, _ in self._parameters) if self._idle(s)]
-        missing = [name for site, name, _ in self._parameters if name in self._waiting and site not in idle]
+        waiting = [factor for factor in self._factors if not factor.learnt]
+        missing = [factor.name for factor in waiting if factor.site in self.reached]
         if missing:
-            raise TrainingError(
-                f"After {self.steps} steps every trainable factor has had a gradient; "
-                f"{len(missing)} had none by step {step}: {', '.join(missing[:4])}. Freeze them "
-                f"(parameter.requires_grad_(False)), or leave these sites out."
-            )
+            found = f"{len(missing)} had none by step {step}: {', '.join(missing[:4])}"
+            remedy = "Freeze them (parameter.requires_grad_(False)), or leave them out"
+            raise TrainingError(f"Every trainable factor has had a gradient after a while; {found}. {remedy}.")
         experts = [
-            f"{site}[{e}]" for site, routed in self._experts.items() for e in (~routed).nonzero().flatten().tolist()
+            f"{site}[{e}]" for site, r in self._routed.items() if r.any() for e in (~r).nonzero().flatten().tolist()
         ]
-        self._list(idle + experts, step)
-
-    def _idle(self, site: str) -> bool:
-        return site not in self.reached and all(name in self._waiting for s, name, _ in self._parameters if s == site)
+        self._list([*dict.fromkeys(factor.site for factor in waiting), *experts], step)
 
     def _list(self, untouched: list[str], step: int) -> None:
         self.untouched = untouched
@@ -234,13 +204,22 @@ class Watch(TrainerCallback):
             more = f" and {len(untouched) - 8} more" if len(untouched) > 8 else ""
             print(f"rankwise: no token has reached {', '.join(untouched[:8])}{more} by step {step}", file=sys.stderr)
 
-    def _release(self, sites: Iterable[str] | None = None) -> None:
-        for site in list(self._hooks) if sites is None else sites:
-            for handle in self._hooks.pop(site, ()):
-                handle.remove()
+    def _release(self) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the model, and say so where nothing was learnt."""
         self._release()
         if self.done and not self.started:
             print("rankwise: no step gave any gradient, nothing was learnt", file=sys.stderr)
+
+
+def _norms(parameters: Sequence[nn.Parameter]) -> list[float]:
+    """The norm of each gradient, 0 where there is none; sharded ones are gathered."""
+    learning = [p for p in parameters if p.grad is not None]
+    norms: Any = torch._foreach_norm([p.grad for p in learning if p.grad is not None])
+    whole = [(n.full_tensor() if hasattr(n, "full_tensor") else n).float() for n in norms]
+    found = dict(zip(learning, torch.stack(whole).tolist() if whole else [], strict=True))
+    return [found.get(p, 0.0) for p in parameters]
