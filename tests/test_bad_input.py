@@ -227,7 +227,7 @@ def test_a_peft_model() -> None:
     inner = llama()
     model = peft.get_peft_model(inner, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     fails(ModelTypeError, "PEFT|unload()", model, lora())
-    fails(ModelTypeError, "PEFT layers", inner, lora())
+    fails(ModelTypeError, "of PEFT", inner, lora())
 
 
 def test_a_forward_on_the_instance() -> None:

@@ -27,7 +27,7 @@ LEVELS = [
     {"weights"},
     {"host"},
     {"structures"},
-    {"activity", "sites", "adapter", "graft", "targets", "stats"},
+    {"activity", "sites", "adapter", "graft", "targets", "model_state", "stats"},
     {"inits", "solvers", "ranks"},
     {"_recipe", "recipes", "registry", "catalogue", "io", "attach"},
     {"lifecycle", "serve", "lab", "formats", "embedded"},

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -15,12 +15,13 @@ from rankwise import io
 from rankwise._recipe import Recipe
 from rankwise.activity import Chosen, Routing, normalise
 from rankwise.adapter import Adapters, Placement, Registry, SiteFactors
-from rankwise.errors import AttachError, ModelTypeError, UnknownName
-from rankwise.graft import Grafted, bound_to_class, put, remove
-from rankwise.host import Site, host_of, kind_of
+from rankwise.errors import AttachError, UnknownName
+from rankwise.graft import Grafted, put, remove
+from rankwise.host import Site, host_of
+from rankwise.model_state import check_model, fast_paths, freeze_base, hide_from_checkpoints, untied
 from rankwise.registry import encode
 from rankwise.structures import Structure
-from rankwise.targets import TargetReport, base_modules, output_head, report, resolve
+from rankwise.targets import TargetReport, base_modules, report, resolve
 from rankwise.version import __version__
 from rankwise.weights import prepare
 
@@ -110,9 +111,9 @@ class Adapter(Mapping[str, dict[str, Tensor]]):
         activity = registry.activity
         if isinstance(activity.choice, tuple):
             activity.choice = tuple(n for n in activity.choice if n != self.name)
-        _hide_from_checkpoints(self.model)
+        hide_from_checkpoints(self.model)
         if not registry.adapters:
-            _open_fast_paths(self.model)
+            fast_paths(self.model, closed=False)
 
     def requires_grad_(self, trainable: bool = True) -> Adapter:
         """Train the factors that the structure calls trainable, or freeze them all."""
@@ -127,10 +128,7 @@ class Adapter(Mapping[str, dict[str, Tensor]]):
         total = sum(p.numel() for p in parameters)
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
-        kinds: dict[str, int] = {}
-        for module in self.sites.values():
-            kind = type(module.structure).__name__
-            kinds[kind] = kinds.get(kind, 0) + 1
+        kinds = Counter(type(module.structure).__name__ for module in self.sites.values())
         sites = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
         return (
             f'Adapter "{self.name}" ({self.recipe.name}): {len(self)} sites ({sites}), '
@@ -166,117 +164,28 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return dict(registry.adapters) if registry else {}
 
 
-def check_model(model: nn.Module, trainable: bool = True) -> None:
-    """Refuse a model in a state in which a graft would be wrong or lost.
-
-    Raises:
-        ModelTypeError: not a module, a PeftModel, or a compiled wrapper.
-        AttachError: sharded, emptied by ZeRO-3, or on the meta device.
-    """
-    if not isinstance(model, nn.Module):
-        raise ModelTypeError(f"attach takes a torch.nn.Module; found {type(model).__name__}.")
-    if any(c.__module__.split(".")[0] == "peft" for c in type(model).__mro__):
-        raise ModelTypeError(
-            f"attach takes the plain model; found a {type(model).__name__} of PEFT, whose layers "
-            f"are already wrapped. Use model.unload() to get the base, and rw.formats.peft to read "
-            f"its adapter."
-        )
-    if any(c.__module__.startswith("peft.") for m in model.modules() for c in type(m).__mro__):
-        raise ModelTypeError("attach takes the plain model; this one holds PEFT layers. Load the base afresh.")
-    for path, module in model.named_modules():
-        here = path or "the model"
-        if hasattr(module, "_orig_mod"):
-            raise ModelTypeError(
-                f"attach before torch.compile, which has traced the plain module and renamed its "
-                f"parameters; {here} is compiled already. Attach to its _orig_mod, then compile."
-            )
-        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            raise AttachError(
-                f"attach before {type(module).__name__}, which has gathered its parameters already "
-                f"and would not synchronise new ones. Attach to its .module, then wrap."
-            )
-        sharded = ("FSDP", "FullyShardedDataParallel")
-        if type(module).__name__.startswith(sharded) or hasattr(module, "_get_fsdp_state"):
-            raise AttachError(
-                f"attach before fully_shard: {here} is sharded already, and factors added now "
-                f"would not be. Attach first, then shard."
-            )
-        own = "forward" in module.__dict__ and not bound_to_class(module)
-        if own and "_old_forward" not in module.__dict__ and kind_of(module):
-            raise AttachError(
-                f"{path} has a forward of its own on the instance, which would bypass the adapter. "
-                f"Remove it (del module.forward), attach, and put it back."
-            )
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id"):
-            raise AttachError(
-                "attach before DeepSpeed ZeRO-3 partitions the model: its parameters are empty. "
-                "Attach first, or use FSDP2 (torch.distributed.fsdp.fully_shard)."
-            )
-        if parameter.device.type == "meta":
-            raise AttachError(f"attach needs real weights; {name} is on the meta device. Load the model first.")
-
-
-def _close_fast_paths(model: nn.Module) -> None:
-    """PyTorch's transformer layer reads its parts' weights itself when gradients are off."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.__dict__.setdefault("_fast_path", module.activation_relu_or_gelu)
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.__dict__.setdefault("_fast_path", module.use_nested_tensor)
-            module.use_nested_tensor = False
-
-
-def _open_fast_paths(model: nn.Module) -> None:
-    for module in model.modules():
-        former = module.__dict__.pop("_fast_path", None)
-        if isinstance(module, nn.TransformerEncoderLayer) and former is not None:
-            module.activation_relu_or_gelu = former
-        elif isinstance(module, nn.TransformerEncoder) and former is not None:
-            module.use_nested_tensor = former
-
-
-def _hide_from_checkpoints(model: nn.Module) -> None:
-    """Have ``save_pretrained`` write the base alone."""
-    if not hasattr(type(model), "_keys_to_ignore_on_save"):
-        return
-    own = getattr(type(model), "_keys_to_ignore_on_save", None) or ()
-    ours = {n for n, _ in model.named_parameters(remove_duplicate=False) if ".adapters." in n}
-    model._keys_to_ignore_on_save = type(own)([*own, *ours]) if own else ours or None  # type: ignore
-
-
 # -- attach and load --------------------------------------------------------------------------
 
 
 def _start(recipe: Recipe, placement: Placement, host: Any, stats: Mapping[str, Any] | None) -> dict[str, Tensor]:
     """Starting values at one site, in the dtype and on the device where they will live."""
-    site = placement.site
+    site, here = placement.site, None if stats is None else stats.get(placement.site.name)
+    dtype, device = torch.promote_types(host.dtype, torch.float32), host.parameter().device
 
     def leaf(structure: Structure, at: Site, weight: Callable[[], Tensor]) -> Mapping[str, Tensor]:
-        here = None if stats is None else stats.get(site.name)
         if at.stack is None:
-            return recipe.init(at, structure, weight, here)
-        each = [recipe.init(at, structure, lambda e=e: weight()[e], here) for e in range(at.stack)]
-        return {name: torch.stack([f[name] for f in each]) for name in each[0]}
+            found = recipe.init(at, structure, weight, here)
+        else:
+            each = [recipe.init(at, structure, lambda e=e: weight()[e], here) for e in range(at.stack)]
+            found = {name: torch.stack([f[name] for f in each]) for name in each[0]}
+        return {k: v.to(device=device, dtype=dtype) for k, v in found.items()}
 
     def weight() -> Tensor:
         w = host.weight().detach()
         return w.to(torch.promote_types(w.dtype, torch.float32))
 
     with torch.no_grad():
-        values = placement.structure.start(site, weight, _placed(leaf, host))
-    return {name: v.contiguous() for name, v in values.items()}
-
-
-def _placed(leaf: Any, host: Any) -> Any:
-    dtype = torch.promote_types(host.dtype, torch.float32)
-
-    def placed(*args: Any) -> dict[str, Tensor]:
-        device = host.parameter().device
-        return {k: v.to(device=device, dtype=dtype) for k, v in leaf(*args).items()}
-
-    return placed
+        return {k: v.contiguous() for k, v in placement.structure.start(site, weight, leaf).items()}
 
 
 def install(
@@ -306,8 +215,8 @@ def install(
                 module.__dict__["grafted_transposed"] = True
     adapter = Adapter(name, model, recipe, placements, sites)
     registry.adapters[name] = adapter
-    _hide_from_checkpoints(model)
-    _close_fast_paths(model)
+    hide_from_checkpoints(model)
+    fast_paths(model, closed=True)
     registry.activity.choice = (name,)
     return adapter
 
@@ -324,14 +233,6 @@ def check_name(model: nn.Module, name: str) -> None:
         raise AttachError(
             f'An adapter named "{name}" is attached already; give this one another name, or detach the first.'
         )
-
-
-def freeze_base(model: nn.Module) -> None:
-    """Stop gradients to the base's parameters."""
-    for module in base_modules(model).values():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                parameter.requires_grad_(False)
 
 
 def attach(
@@ -376,11 +277,11 @@ def attach(
     missing = recipe.init.needs if stats is None else frozenset()
     if missing:
         raise AttachError(
-            f"{type(recipe.init).__name__} reads statistics ({', '.join(sorted(missing))}) that "
-            f"were not collected; gather them over some batches and pass stats=."
+            f"{type(recipe.init).__name__} reads statistics ({', '.join(sorted(missing))}) that were not collected; "
+            f"gather them over some batches and pass stats=."
         )
     encode(recipe)  # what cannot be saved must not be trained
-    with _tied_again_on_error(model, recipe):
+    with untied(model, recipe.sites.tied == "untie"):
         placements = resolve(model, recipe.structure, recipe.sites)
         prepare(base_modules(model).values())
         modules = dict(model.named_modules())
@@ -391,32 +292,6 @@ def attach(
     if freeze:
         freeze_base(model)
     return install(model, name, recipe, placements, values, trainable=True)
-
-
-@contextmanager
-def _tied_again_on_error(model: nn.Module, recipe: Recipe) -> Iterator[None]:
-    """Untie the head if the recipe says so, and tie it again where an error is raised inside."""
-    head, config = output_head(model), getattr(model, "config", None)
-    former = (getattr(head, "weight", None), getattr(config, "tie_word_embeddings", None))
-    if recipe.sites.tied == "untie":
-        untie(model)
-    try:
-        yield
-    except BaseException:
-        if head is not None and head.weight is not former[0]:
-            head.weight = former[0]
-            config.tie_word_embeddings = former[1]  # type: ignore[union-attr]
-        raise
-
-
-def untie(model: nn.Module) -> None:
-    """Give the output head a copy of its own of the embedding's weight; the config says so."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if embedding is None or head is None or head.weight is not embedding.weight:
-        return
-    head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
-    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
 def load(
@@ -452,7 +327,7 @@ def load(
     check_name(model, name)
     saved = io.read(path, known)
     values = []
-    with _tied_again_on_error(model, saved.recipe):
+    with untied(model, saved.recipe.sites.tied == "untie"):
         for placement in saved.placements:
             module, slot, _ = io.carried(model, placement)[0]
             device = host_of(module, slot).parameter().device

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from rankwise._recipe import Recipe
 from rankwise.adapter import Placement
-from rankwise.attach import Adapter, check_model, check_name, freeze_base, install, untie
+from rankwise.attach import Adapter, check_name, install
 from rankwise.errors import BaseMismatch, ConversionError, FileFormatError
 from rankwise.formats.peft.config import read_config, targeted
 from rankwise.formats.peft.decode import Found, decode
 from rankwise.host import LAYER, ParameterHost
+from rankwise.model_state import check_model, freeze_base, untie
 from rankwise.inits import Gaussian, Kaiming, Principal
 from rankwise.sites import Override, Sites, Target
 from rankwise.structures import LoRA, Replace, Stack, Structure, TokenRows
