@@ -60,6 +60,7 @@ def verify(folder: Path, method: str) -> dict[str, Any]:
     from rankwise import embedded
 
     text = texts()
+    model: Any
     model, tokenizer = embedded.load()
     found: dict[str, Any] = {
         "start": {k: bits_per_byte(model, text[n]) for k, n in (("python", "test"), ("english",) * 2)}

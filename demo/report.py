@@ -23,12 +23,12 @@ def verdict(mine: Sequence[float], lora: Sequence[float], gain: float) -> str:
 
 def rows(found: Mapping[str, Any], start: Mapping[str, float]) -> list[dict[str, Any]]:
     """The table's rows: means over the seeds, and the verdict against LoRA."""
-    lora = [s["python"] for s in found["lora"]["seeds"]] if "lora" in found else None
+    lora = [s["python"] for s in found["lora"]["seeds"]] if "lora" in found else []
     table = []
     for method, data in found.items():
         seeds = data["seeds"]
         row = {key: mean(s[key] for s in seeds) for key in ("python", "english", "seconds", "memory")}
-        judged = lora is not None and method != "lora"
+        judged = lora and method != "lora"
         said = verdict([s["python"] for s in seeds], lora, start["python"] - mean(lora)) if judged else "reference"
         table.append({**row, "method": method, "trained": data["trained"], "lr": data["lr"], "verdict": said})
     return table

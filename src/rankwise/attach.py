@@ -172,11 +172,11 @@ def _start(recipe: Recipe, placement: Placement, host: Any, stats: Mapping[str, 
     site, here = placement.site, None if stats is None else stats.get(placement.site.name)
     dtype, device = torch.promote_types(host.dtype, torch.float32), host.parameter().device
 
-    def leaf(structure: Structure, at: Site, weight: Callable[[], Tensor]) -> Mapping[str, Tensor]:
-        if at.stack is None:
-            found = recipe.init(at, structure, weight, here)
+    def leaf(structure: Structure, site: Site, weight: Callable[[], Tensor]) -> Mapping[str, Tensor]:
+        if site.stack is None:
+            found = recipe.init(site, structure, weight, here)
         else:
-            each = [recipe.init(at, structure, lambda e=e: weight()[e], here) for e in range(at.stack)]
+            each = [recipe.init(site, structure, lambda e=e: weight()[e], here) for e in range(site.stack)]
             found = {name: torch.stack([f[name] for f in each]) for name in each[0]}
         return {k: v.to(device=device, dtype=dtype) for k, v in found.items()}
 

@@ -252,7 +252,7 @@ def lora_plus(rank: int = 16, alpha: float | None = None, ratio: float = 16.0, *
         rank,
         alpha,
         **{
-            "solver": LoRAPlus(ratio),
+            "solver": LoRAPlus(ratio=ratio),
             "lr": 5e-4,
             "name": "lora_plus",
             "paper": "Hayou et al. 2024, arXiv 2402.12354",
@@ -323,4 +323,4 @@ def pissa_lora_plus(rank: int = 16, ratio: float = 4.0, **axes: Any) -> Recipe:
     Returns:
         The recipe.
     """
-    return pissa(rank, **{"solver": LoRAPlus(ratio), "lr": 2e-4, "name": "pissa_lora_plus", **axes})
+    return pissa(rank, **{"solver": LoRAPlus(ratio=ratio), "lr": 2e-4, "name": "pissa_lora_plus", **axes})

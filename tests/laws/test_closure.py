@@ -24,7 +24,7 @@ from rankwise.testing import SAMPLES, check_init, check_ranks, check_solver, tra
 
 STRUCTURES = (*LEAVES, *WRAPPED)
 INITS = (Kaiming(), Gaussian(), Gaussian(0.02), Orthogonal(), Principal(), Principal(4))
-SOLVERS = (AdamW(), AdamW(weight_decay=0.1), LoRAPlus(4.0))
+SOLVERS = (AdamW(), AdamW(weight_decay=0.1), LoRAPlus(ratio=4.0))
 RANKS = (Constant(),)
 DROPOUTS = (0.0, 0.1)
 

@@ -20,15 +20,9 @@ from rankwise.structures import Factor, Start, Structure
 class Init(ABC):
     """A frozen dataclass of the init's own options."""
 
-    @property
-    @abstractmethod
-    def requires(self) -> frozenset[str]:
-        """Traits that the structure must have."""
+    requires: frozenset[str] = frozenset()  # traits that the structure must have.
 
-    @property
-    @abstractmethod
-    def needs(self) -> frozenset[str]:
-        """Statistics that must have been collected: empty for inits that read no data."""
+    needs: frozenset[str] = frozenset()  # statistics that must have been collected
 
     @abstractmethod
     def __call__(
@@ -49,10 +43,6 @@ class Init(ABC):
 
 class Drawn(Init):
     """Inits that only choose a distribution for the factors that start at random."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset()
 
     @abstractmethod
     def draw(self, factor: Factor) -> Tensor:

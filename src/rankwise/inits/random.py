@@ -17,10 +17,6 @@ from rankwise.structures import Factor
 class Kaiming(Drawn):
     """Uniform within +-1/sqrt(n), n the last dim: as ``nn.Linear``, loralib and PEFT do."""
 
-    @property
-    def requires(self) -> frozenset[str]:
-        return frozenset()
-
     def draw(self, factor: Factor) -> Tensor:
         return torch.empty(factor.shape).uniform_(-1, 1) / max(factor.shape[-1], 1) ** 0.5
 
@@ -36,9 +32,7 @@ class Gaussian(Drawn):
 
     std: float | None = None
 
-    @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"random_start"})
+    requires = frozenset({"random_start"})
 
     def draw(self, factor: Factor) -> Tensor:
         std = self.std if self.std is not None else 1 / factor.dims.get("rank", factor.shape[-1])
@@ -50,9 +44,7 @@ class Gaussian(Drawn):
 class Orthogonal(Drawn):
     """Orthonormal rows or columns, whichever are fewer (Saxe et al. 2013, arXiv 1312.6120)."""
 
-    @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"random_start"})
+    requires = frozenset({"random_start"})
 
     def draw(self, factor: Factor) -> Tensor:
         return torch.nn.init.orthogonal_(torch.empty(factor.shape))

@@ -30,13 +30,7 @@ class Principal(Init):
     iterations: int | None = None
     seed: int = 0
 
-    @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"lowrank", "anchored"})
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset()
+    requires = frozenset({"lowrank", "anchored"})
 
     def __call__(
         self, site: Site, structure: Structure, weight: Callable[[], Tensor], stats: Mapping[str, Any] | None

@@ -27,10 +27,7 @@ class Plan:
 class Ranks(ABC):
     """How rank changes in time. A frozen dataclass of its options."""
 
-    @property
-    @abstractmethod
-    def requires(self) -> frozenset[str]:
-        """Traits that the structure must have."""
+    requires: frozenset[str] = frozenset()  # traits that the structure must have.
 
     @abstractmethod
     def plan(self, step: int, scores: Mapping[str, Tensor]) -> Plan | None:
@@ -49,10 +46,6 @@ class Ranks(ABC):
 @dataclass(frozen=True)
 class Constant(Ranks):
     """The rank never changes."""
-
-    @property
-    def requires(self) -> frozenset[str]:
-        return frozenset()
 
     def plan(self, step: int, scores: Mapping[str, Tensor]) -> Plan | None:
         return None

@@ -12,9 +12,23 @@ from rankwise.adapter import SiteFactors
 from rankwise.solvers.solver import Solver, grouped
 
 
+@dataclass(frozen=True)
+class _Adam(Solver):
+    """What the two share: torch's AdamW over groups."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    @final
+    def __call__(self, sites: Iterable[SiteFactors], lr: float) -> torch.optim.Optimizer:
+        options = {"betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+        return torch.optim.AdamW(self.groups(sites, lr), lr=lr, **options)
+
+
 @final
 @dataclass(frozen=True)
-class AdamW(Solver):
+class AdamW(_Adam):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv 1711.05101).
 
     Attributes:
@@ -23,46 +37,28 @@ class AdamW(Solver):
         weight_decay: per step, times the learning rate.
     """
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-
-    @property
-    def requires(self) -> frozenset[str]:
-        return frozenset()
-
     def groups(self, sites: Iterable[SiteFactors], lr: float) -> list[dict[str, Any]]:
         params = [p for site in sites for p in site.parameters() if p.requires_grad]
         return grouped({"factors": params}, {"factors": lr})
 
-    def __call__(self, sites: Iterable[SiteFactors], lr: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            self.groups(sites, lr), lr=lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
-        )
-
 
 @final
 @dataclass(frozen=True)
-class LoRAPlus(Solver):
+class LoRAPlus(_Adam):
     """AdamW with a larger rate on the output side (LoRA+; Hayou et al. 2024, arXiv 2402.12354).
 
     Factors whose first dim is "out" and that have a second one take ``ratio * lr``.
 
     Attributes:
-        ratio: rate of the output side over the rate of the rest.
         betas: as in AdamW.
         eps: as in AdamW.
         weight_decay: as in AdamW.
+        ratio: rate of the output side over the rate of the rest.
     """
 
-    ratio: float = 16.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    requires = frozenset({"two_sided"})
 
-    @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({"two_sided"})
+    ratio: float = 16.0
 
     def groups(self, sites: Iterable[SiteFactors], lr: float) -> list[dict[str, Any]]:
         members: dict[str, list[torch.nn.Parameter]] = {"in side": [], "out side": []}
@@ -74,8 +70,3 @@ class LoRAPlus(Solver):
                 if parameter.requires_grad:
                     members[side].append(parameter)
         return grouped(members, {"in side": lr, "out side": lr * self.ratio})
-
-    def __call__(self, sites: Iterable[SiteFactors], lr: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            self.groups(sites, lr), lr=lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
-        )

@@ -14,10 +14,7 @@ from rankwise.adapter import SiteFactors
 class Solver(ABC):
     """From the adapted sites to a ``torch.optim.Optimizer``. A frozen dataclass of its options."""
 
-    @property
-    @abstractmethod
-    def requires(self) -> frozenset[str]:
-        """Traits that the structure must have."""
+    requires: frozenset[str] = frozenset()  # traits that the structure must have.
 
     @abstractmethod
     def groups(self, sites: Iterable[SiteFactors], lr: float) -> list[dict[str, Any]]:

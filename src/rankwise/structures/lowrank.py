@@ -46,9 +46,7 @@ class LoRA(Additive):
     def __post_init__(self) -> None:
         check_scale_rule(self.scale_rule)
 
-    @property
-    def traits(self) -> frozenset[str]:
-        return frozenset({"additive", "lowrank", "two_sided", "random_start", "drops"})
+    traits = frozenset({"additive", "lowrank", "two_sided", "random_start", "drops"})
 
     @property
     def scale(self) -> float:
@@ -83,9 +81,7 @@ class SVDForm(Additive):
     def __post_init__(self) -> None:
         check_scale_rule(self.scale_rule)
 
-    @property
-    def traits(self) -> frozenset[str]:
-        return frozenset({"additive", "lowrank", "two_sided", "random_start", "drops"})
+    traits = frozenset({"additive", "lowrank", "two_sided", "random_start", "drops"})
 
     @property
     def scale(self) -> float:

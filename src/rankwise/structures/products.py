@@ -32,9 +32,7 @@ class LoKr(Additive):
     factor: int = -1
     decompose_both: bool = False
 
-    @property
-    def traits(self) -> frozenset[str]:
-        return frozenset({"additive", "random_start", "drops"})
+    traits = frozenset({"additive", "random_start", "drops"})
 
     @property
     def scale(self) -> float:
@@ -73,9 +71,7 @@ class LoHa(Additive):
     rank: int = 8
     alpha: float | None = 8.0
 
-    @property
-    def traits(self) -> frozenset[str]:
-        return frozenset({"additive", "two_sided", "random_start", "drops"})
+    traits = frozenset({"additive", "two_sided", "random_start", "drops"})
 
     @property
     def scale(self) -> float:
@@ -103,9 +99,7 @@ class HiRA(Gate):
 
     rank: int = 32
 
-    @property
-    def traits(self) -> frozenset[str]:
-        return frozenset({"two_sided", "random_start", "drops"})
+    traits = frozenset({"two_sided", "random_start", "drops"})
 
     def factors(self, site: Site) -> dict[str, Factor]:
         r = check_rank(self.rank, site, min(site.rows, site.cols))

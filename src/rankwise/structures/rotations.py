@@ -33,9 +33,7 @@ class OFT(Rotation):
                 f"None for the exact inverse."
             )
 
-    @property
-    def traits(self) -> frozenset[str]:
-        return frozenset({"rotation"})
+    traits = frozenset({"rotation"})
 
     def _block(self, site: Site) -> int:
         check_rank(self.block, site, max(self.block, 1))

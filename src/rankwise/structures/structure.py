@@ -82,10 +82,7 @@ class Structure(ABC):
     - ``moves_at_start``, ``identity_to_rounding``: documented exceptions to L2.
     """
 
-    @property
-    @abstractmethod
-    def traits(self) -> frozenset[str]:
-        """The facts above that hold for this structure."""
+    traits: frozenset[str] = frozenset()
 
     @abstractmethod
     def factors(self, site: Site) -> dict[str, Factor]:

@@ -20,10 +20,6 @@ from rankwise.structures.structure import Factor, Factors, LeafStart, Structure
 class Replace(Structure):
     """The tensor itself, trained whole: a new classification head, a bias, a norm."""
 
-    @property
-    def traits(self) -> frozenset[str]:
-        return frozenset()
-
     def factors(self, site: Site) -> dict[str, Factor]:
         return {"value": Factor({f"dim{i}": n for i, n in enumerate(self._shape(site))})}
 
@@ -58,10 +54,6 @@ class TokenRows(Structure):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "index", tuple(sorted(set(self.index))))
-
-    @property
-    def traits(self) -> frozenset[str]:
-        return frozenset()
 
     def factors(self, site: Site) -> dict[str, Factor]:
         if site.kind != "embedding":

@@ -15,6 +15,12 @@ from rankwise.ops import LinearOperator, Scaled, Sum
 from rankwise.structures.structure import Factor, Factors, LeafStart, Structure
 
 
+def keep(value: object, **derived: object) -> None:
+    """Set what a frozen value derives from its fields."""
+    for name, item in derived.items():
+        object.__setattr__(value, name, item)
+
+
 def under(prefix: str, f: Factors) -> dict[str, Tensor]:
     """The factors whose names begin with ``prefix_``, without it."""
     return {k.removeprefix(f"{prefix}_"): v for k, v in f.items() if k.startswith(f"{prefix}_")}
@@ -44,10 +50,6 @@ class Magnitude(Structure):
             raise IncompatibleAxes(
                 "A magnitude on a magnitude is the same magnitude; found Magnitude(Magnitude(...)). Keep one."
             )
-
-    @property
-    def traits(self) -> frozenset[str]:
-        return self.inner.traits - {"additive"} | {"identity_to_rounding"}
 
     def factors(self, site: Site) -> dict[str, Factor]:
         return {**self.inner.factors(site), "magnitude": Factor({"out": site.rows})}
@@ -96,10 +98,7 @@ class Anchored(Structure):
                 f"Anchored({self.inner!r}). Anchor the additive structure inside instead: "
                 f"Magnitude(Anchored(LoRA(...)))."
             )
-
-    @property
-    def traits(self) -> frozenset[str]:
-        return self.inner.traits | {"anchored", "identity_to_rounding"}
+        keep(self, traits=self.inner.traits | {"anchored", "identity_to_rounding"})
 
     def factors(self, site: Site) -> dict[str, Factor]:
         inner = self.inner.factors(site)
@@ -136,17 +135,13 @@ class Rows(Structure):
     parts: tuple[tuple[str, int, int], ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(tuple(p) for p in self.parts))
+        keep(self, parts=tuple(tuple(p) for p in self.parts), traits=self.inner.traits - {"additive"})
         spans = sorted((a, b) for _, a, b in self.parts)
         overlap = any(one[1] > two[0] for one, two in zip(spans, spans[1:], strict=False))
         if not spans or overlap or any(not 0 <= a < b for a, b in spans):
             raise IncompatibleAxes(
                 f"Parts are disjoint, non-empty row ranges (name, first, last + 1); found {self.parts}."
             )
-
-    @property
-    def traits(self) -> frozenset[str]:
-        return self.inner.traits - {"additive"}
 
     def _sites(self, site: Site) -> dict[str, Site]:
         if site.kind not in ("linear", "parameter"):
@@ -236,11 +231,10 @@ class Stack(Structure):
     first: Structure
     second: Structure
 
-    @property
-    def traits(self) -> frozenset[str]:
+    def __post_init__(self) -> None:
         common = self.first.traits & self.second.traits
-        either = (self.first.traits | self.second.traits) - common
-        return (common | either & {"identity_to_rounding", "moves_at_start"}) - {"additive"}
+        either = (self.first.traits | self.second.traits) & {"identity_to_rounding", "moves_at_start"}
+        keep(self, traits=(common | either) - {"additive"})
 
     def factors(self, site: Site) -> dict[str, Factor]:
         first, second = self.first.factors(site), self.second.factors(site)

@@ -49,7 +49,7 @@ class FourBitWeight(Weight):
         # bitsandbytes 0.50 repacks the weight in place at the first eval forward on a CPU with AVX512-BF16; from then
         # on there is no gradient and dequantising is wrong, silently.
         self.module.support_avx512bf16_for_cpu = False
-        state = getattr(self.module.weight, "quant_state", None)
+        state: Any = getattr(self.module.weight, "quant_state", None)
         if not getattr(state, "packing_format_for_cpu", False):
             return
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
