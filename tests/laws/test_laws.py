@@ -59,9 +59,7 @@ class Outside(Additive):
     rank: int = 4
     wrong: str = ""
 
-    @property
-    def traits(self) -> frozenset[str]:
-        return frozenset({"additive", "two_sided", "random_start", "drops"})
+    traits = frozenset({"additive", "two_sided", "random_start", "drops"})
 
     @property
     def scale(self) -> float:
