@@ -39,11 +39,12 @@ def save(adapters: Sequence[Adapter], folder: str | Path) -> None:
         TrainingError: a factor holds NaN or infinity.
         SaveError: the disk is full or not writable.
     """
-    for adapter in adapters:
-        for name, parameter in adapter.named_parameters():
-            if not torch.isfinite(parameter).all():
-                remedy = "the last checkpoint is kept. Lower the learning rate, or set max_grad_norm."
-                raise TrainingError(f"{name} holds NaN or infinity, so nothing was written; {remedy}")
+    named = [pair for adapter in adapters for pair in adapter.named_parameters()]
+    wrong = [name for name, parameter in named if not torch.isfinite(parameter).all()]
+    if wrong:
+        raise TrainingError(
+            f"{wrong[0]} holds NaN or infinity, so nothing was written. Go back to the last checkpoint."
+        )
     for adapter, path in folders(folder, adapters).items():
         adapter.save(path)
 
@@ -69,11 +70,8 @@ def restore(adapters: Sequence[Adapter], folder: str | Path) -> None:
         live = dict(adapter.named_parameters())
         here = json.loads(json.dumps(io.encode_placements(adapter.placements)))
         if placements != here or values.keys() != live.keys():
-            found = f'{file} has others than "{adapter.name}"'
             remedy = "Attach the recipe of that run, or start afresh in another output_dir."
-            raise TrainingError(
-                f"A run resumes with the structure and sites that it was started with; {found}. {remedy}"
-            )
+            raise TrainingError(f"A resumed run keeps its structure and sites; {file} has others. {remedy}")
         io.check_base(adapter.model, adapter.placements, base, any_base=False)
         for name, parameter in live.items():
             parameter.copy_(values[name])

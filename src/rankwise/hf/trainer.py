@@ -149,7 +149,7 @@ class AdapterMixin(_Base):
         solvers = [adapter.recipe.solver for adapter in self._chosen]
         if any(solver != solvers[0] for solver in solvers):
             raise TrainingError(
-                f"Adapters that are trained together share a solver; found {solvers}. Train one at a time."
+                f"Adapters that are trained together share a solver; found {solvers}. Train each alone."
             )
         self._rate()
 

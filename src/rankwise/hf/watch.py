@@ -46,9 +46,7 @@ def trained(model: nn.Module) -> list[Adapter]:
     """
     found = [adapter for adapter in active(model) if list(adapter.parameters())]
     if not found:
-        raise TrainingError(
-            "The active adapters are frozen. Call adapter.requires_grad_(), or rw.load(trainable=True)."
-        )
+        raise TrainingError("The active adapters are frozen: adapter.requires_grad_() makes one trainable.")
     return found
 
 
@@ -61,8 +59,7 @@ def last_good(args: Any) -> str:
 
 
 def _finite(value: Any) -> bool:
-    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return all(bool(torch.isfinite(leaf).all()) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def first_wrong(among: Sequence[Adapter], again: Callable[[], Any]) -> str:
@@ -75,11 +72,8 @@ def first_wrong(among: Sequence[Adapter], again: Callable[[], Any]) -> str:
     Returns:
         The place, in words.
     """
-    for adapter in among:
-        for name, parameter in adapter.named_parameters():
-            if not _finite(parameter):
-                return f"factor {name} is not finite"
-    found: list[str] = []
+    named = [pair for adapter in among for pair in adapter.named_parameters()]
+    found = [f"factor {name} is not finite" for name, parameter in named if not _finite(parameter)]
     inside = {module: name for name, module in among[0].model.named_modules() if name}  # the model's own is the loss
 
     def look(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -169,40 +163,30 @@ class Watch(TrainerCallback):
                 self._routed[factor.site] |= gradient.flatten(1).ne(0).any(1).cpu()
         if not self.started and (alive or not self.patient):
             self.started = True
-            self._check_sites(step, {factor.site for factor in alive})
+            self._check(step, every=False)
         if self.done == self.steps:
-            self._check_factors(step)
+            self._release()
+            self._check(step, every=True)
 
-    def _check_sites(self, step: int, alive: set[str]) -> None:
-        dead = [site for site in dict.fromkeys(factor.site for factor in self._factors) if site not in alive]
-        silent = [site for site in dead if site in self.reached]
+    def _check(self, step: int, every: bool) -> None:
+        """Raise where tokens came by and nothing is learnt: at whole sites, or with `every` in any factor."""
+        alive = {factor.site for factor in self._factors if factor.learnt}
+        waiting = [factor for factor in self._factors if not factor.learnt and (every or factor.site not in alive)]
+        silent = dict.fromkeys(f.name if every else f.site for f in waiting if f.site in self.reached)
         if silent or not alive:
             self._release()
-            found = (
-                f"no factor has a gradient at {len(silent)} of {len(dead) + len(alive)} sites: {', '.join(silent[:4])}"
+            whole = f"{len(self._factors)} factors" if every else f"{len({f.site for f in self._factors})} sites"
+            found = f"after step {step} none came to {len(silent)} of {whole}: {', '.join([*silent][:4])}"
+            causes = "masked labels (-100), a weight read past its layer's forward, reentrant checkpointing"
+            raise TrainingError(
+                f"Where tokens come by, gradients come back; {found}. Leave them out, or look for {causes}."
             )
-            causes = "every label masked (-100), a weight read past its layer's forward, or reentrant checkpointing"
-            raise TrainingError(f"Every site learns from step one; after step {step} {found}. Usual causes: {causes}.")
-        self._list(dead, step)
-
-    def _check_factors(self, step: int) -> None:
-        self._release()
-        waiting = [factor for factor in self._factors if not factor.learnt]
-        missing = [factor.name for factor in waiting if factor.site in self.reached]
-        if missing:
-            found = f"{len(missing)} had none by step {step}: {', '.join(missing[:4])}"
-            remedy = "Freeze them (parameter.requires_grad_(False)), or leave them out"
-            raise TrainingError(f"Every trainable factor has had a gradient after a while; {found}. {remedy}.")
-        experts = [
-            f"{site}[{e}]" for site, r in self._routed.items() if r.any() for e in (~r).nonzero().flatten().tolist()
-        ]
-        self._list([*dict.fromkeys(factor.site for factor in waiting), *experts], step)
-
-    def _list(self, untouched: list[str], step: int) -> None:
-        self.untouched = untouched
-        if untouched:
-            more = f" and {len(untouched) - 8} more" if len(untouched) > 8 else ""
-            print(f"rankwise: no token has reached {', '.join(untouched[:8])}{more} by step {step}", file=sys.stderr)
+        idle = {site: (~routed).nonzero().flatten().tolist() for site, routed in self._routed.items() if every}
+        experts = [f"{site}[{e}]" for site, numbers in idle.items() if site in alive for e in numbers]
+        self.untouched = [*dict.fromkeys(factor.site for factor in waiting), *experts]
+        if self.untouched:
+            names = ", ".join(self.untouched[:8]) + " ..." * (len(self.untouched) > 8)
+            print(f"rankwise: no token has reached {names} by step {step}", file=sys.stderr)
 
     def _release(self) -> None:
         for handle in self._hooks:

@@ -168,8 +168,7 @@ def split(examples: Examples, validation: float = 0.1, seed: int = 0) -> tuple[E
     """
     distinct = sorted({item.row.text() for item in examples.items})
     if not 0 < validation < 1 or len(distinct) < 2:
-        found = f"{validation} of {len(distinct)}"
-        raise DataError(f"a split is 0 to 1 of two distinct rows or more; found {found}: mend that")
+        raise DataError(f"a split is 0 to 1 of two distinct rows; found {validation} of {len(distinct)}: mend that")
     random.Random(seed).shuffle(distinct)
     aside = set(distinct[: min(max(1, round(validation * len(distinct))), len(distinct) - 1)])
     parts: tuple[list[Example], list[Example]] = [], []

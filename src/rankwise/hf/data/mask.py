@@ -47,16 +47,17 @@ class Encoder:
 
     def __call__(self, row: Row, schema: str) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return ids (T,) and learned (T,) bool of the row's examples: one, but for unrolled dialogues."""
-        prompt = {"completion": row.fields.get("prompt"), "messages": []}.get(schema, "")
-        answer = row.fields["text" if schema == "label" else schema]
+        prompt, answer = row.fields.get("prompt"), row.fields["text" if schema == "label" else schema]
         if schema == "label":
             ids = self._ids(answer, special=True)
-            found = [(ids, [False] + [True] * len(ids[1:]))]
-        elif isinstance(prompt, str) and isinstance(answer, str):
+            found = [(ids, [True] * len(ids))]
+        elif schema == "text":
+            found = [self._document("", answer)]
+        elif schema == "completion" and isinstance(prompt, str) and isinstance(answer, str):
             found = [self._document(prompt, answer)]
         else:
-            found = self._dialogue(prompt, answer, row)
-        if schema != "label" and not all(any(learn[1:]) for _, learn in found):  # nothing predicts the first token
+            found = self._dialogue([] if schema == "messages" else prompt, answer, row)
+        if not all(any(learn[schema != "label" :]) for _, learn in found):  # nothing predicts the first token
             raise DataError(f"rows teach; the mask of {row.where} is all zero: remove it")
         return [(np.array(ids), np.array(learn)) for ids, learn in found]
 
@@ -88,8 +89,7 @@ class Encoder:
             found = f"{row.where} has the roles {', '.join(turn['role'] for turn in messages)}"
             raise DataError(f"the 'assistant' is learned; {found}: rename a role, or remove it")
         if not (self.tokenizer.chat_template and self.tokenizer.is_fast):
-            found = f"for {row.where} this one is slow or has none"
-            raise DataError(f"messages need a fast tokenizer's chat template; {found}: set one")
+            raise DataError(f"messages need a fast tokenizer's chat template; {row.where} finds none: set one")
         template = self.tokenizer.get_chat_template(tools=row.fields.get("tools"))
         if not asked and _GENERATION.search(template):
             return [self._marked(messages, row)]
@@ -140,5 +140,4 @@ class Encoder:
         try:
             return self.tokenizer.apply_chat_template(messages, **{"tokenize": False, **options})
         except Exception as error:  # a template may raise anything: Jinja's, TypeError, its own
-            found = f"it refuses {row.where} ({error})"
-            raise DataError(f"a chat template renders all rows; {found}: change that") from error
+            raise DataError(f"a chat template renders all rows; it refuses {row.where}: {error}") from error

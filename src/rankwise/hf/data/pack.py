@@ -39,8 +39,7 @@ def pack(examples: Examples, max_length: int = 1024) -> list[dict[str, np.ndarra
     rows: list[tuple[int, list[Example]]] = []  # free tokens and documents, sorted by the former
     for item in sorted(examples.items, key=len, reverse=True):
         if len(item) > max_length:
-            found = f"{item.row.where} has {len(item)}"
-            raise DataError(f"max_length is {max_length} tokens; {found}: give load() the same")
+            raise DataError(f"max_length is {max_length} tokens; {item.row.where} has {len(item)}: load with the same")
         at = bisect_left(rows, len(item), key=itemgetter(0))
         free, documents = rows.pop(at) if at < len(rows) else (max_length, [])
         insort(rows, (free - len(item), [*documents, item]), key=itemgetter(0))

@@ -28,11 +28,10 @@ class Row:
     where: str
 
     def text(self) -> str:
-        """Return what the row says, white space evened and no system prompt, for comparing rows."""
+        """Return what the row says, white space evened, for comparing rows."""
         values = [self.fields.get(key) or "" for key in ("text", "prompt", "completion", "messages")]
-        turns = [turn for value in values if isinstance(value, list) for turn in value]
-        said = [str(turn.get("content")) for turn in turns if turn["role"] != "system"]
-        return " ".join(" ".join([*said, *(value for value in values if isinstance(value, str))]).split())
+        said = [" ".join(str(m.get("content")) for m in v) if isinstance(v, list) else str(v) for v in values]
+        return " ".join(" ".join(said).split())
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,7 @@ class Table:
         """Return a `datasets.Dataset` of the schema's columns, as TRL's trainers take it."""
         from datasets import Dataset
 
-        names = sorted(SCHEMAS[self.schema])
-        return Dataset.from_list([{key: row.fields[key] for key in names} for row in self.rows])
+        return Dataset.from_list([{key: row.fields[key] for key in sorted(SCHEMAS[self.schema])} for row in self.rows])
 
 
 def read(path: str | Path, *, schema: str | None = None) -> Table:
