@@ -50,6 +50,7 @@ class Magnitude(Structure):
             raise IncompatibleAxes(
                 "A magnitude on a magnitude is the same magnitude; found Magnitude(Magnitude(...)). Keep one."
             )
+        keep(self, traits=self.inner.traits - {"additive"} | {"identity_to_rounding"})
 
     def factors(self, site: Site) -> dict[str, Factor]:
         return {**self.inner.factors(site), "magnitude": Factor({"out": site.rows})}
