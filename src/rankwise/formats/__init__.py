@@ -11,8 +11,6 @@ from rankwise.formats.report import ExportReport
 
 __all__ = ["ExportReport", "export", "peft"]
 
-_WRITERS = {"peft": peft.write}
-
 
 def export(adapter: Adapter, path: str | Path, to: str = "peft", rank: int | None = None) -> ExportReport:
     """Write an adapter in another tool's format.
@@ -34,6 +32,6 @@ def export(adapter: Adapter, path: str | Path, to: str = "peft", rank: int | Non
         SaveError: the disk is full or not writable.
         UnknownName: a tool that nothing answers to.
     """
-    if to not in _WRITERS:
-        raise UnknownName(f'Adapters are exported to one of {sorted(_WRITERS)}; found "{to}".')
-    return _WRITERS[to](adapter, path, rank)
+    if to != "peft":
+        raise UnknownName(f'The other tools that adapters are exported to are: "peft"; found "{to}".')
+    return peft.write(adapter, path, rank)

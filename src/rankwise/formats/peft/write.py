@@ -3,247 +3,234 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
+from torch.nn.functional import pad
 
 from rankwise import io
 from rankwise.adapter import Placement
 from rankwise.attach import Adapter
 from rankwise.errors import ConversionError
-from rankwise.formats.peft.config import CONFIG, DEFAULTS
-from rankwise.formats.peft.draft import Draft, put_tokens, put_whole
-from rankwise.formats.peft.encode import LOWRANK, Pair, cut, encode, encode_pair, method, pair_of, refuse
+from rankwise.formats.peft.config import CONFIG, VERSION
+from rankwise.formats.peft.layout import METHODS, Place, check, layer_of, places, theirs
+from rankwise.formats.peft.pairs import Pair, cut, numerator, pair_of
 from rankwise.formats.report import ExportReport
-from rankwise.host import ParameterHost
-from rankwise.structures import OFT, LoHa, LoKr, Replace, Stack, SVDForm, TokenRows
-from rankwise.structures.wrappers import row_norm, under
+from rankwise.host import host_of
+from rankwise.structures import OFT, Replace, Stack, TokenRows
+from rankwise.structures.wrappers import under
+from rankwise.targets import base_modules
 
 WEIGHTS = "adapter_model.safetensors"
-_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
-def _tidy(alpha: float) -> float:
-    """A numerator of the scale, an integer where it is one but for rounding."""
-    near = round(alpha)
-    return near if math.isclose(alpha, near, rel_tol=1e-9) else alpha
+def _refuse(p: Placement, why: str) -> ConversionError:
+    return ConversionError(
+        f"PEFT cannot hold {p.structure!r} on {p.site.name} ({p.site.kind}): {why}. Pass rank= to write a plain LoRA "
+        f"cut to that rank, its error stated, or rw.merge and save the model."
+    )
 
 
-# -- low rank ---------------------------------------------------------------------------------
+class _Draft:
+    """The file as it grows: its tensors, its settings, and what it cannot say."""
 
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.modules: dict[str, Any] = base_modules(adapter.model)
+        parameters = [p.site.name for p in adapter.placements if p.site.kind == "parameter"]
+        self.places = {p.candidate.site.name: p for p in places(adapter.model, parameters)}
+        self.tensors: dict[str, Tensor] = {}
+        self.settings: dict[str, Any] = {}
+        self.targets: list[str] = []
+        self.notes: list[str] = []
+        self.errors: dict[str, float] = {}
 
-def _lora(d: Draft, placements: Iterable[Placement], rank: int | None) -> None:
-    pairs: dict[str, Pair] = {}
-    at: dict[str, Placement] = {}
-    bases: dict[str, Any] = {}
-    rules = set()
-    for p in placements:
-        f, structure, path = d.factors(p), p.structure, p.carriers[0][0]
-        pair, base = pair_of(structure, f, p.site), None
-        if isinstance(structure, Stack) and isinstance(structure.first, Replace):
-            base, structure = f["first_value"], structure.second
-            pair = pair_of(structure, under("second", f), p.site)
-            stored = isinstance(d.modules[path], nn.Linear)
-            if pair is not None:
-                d.add(path, {"base_layer.weight": base if stored else base.mT})
-        if pair is None:
-            if rank is None:
-                raise refuse(p.site, p.structure, "it has no such method")
-            pair, d.errors[p.site.name] = cut(p.structure, f, d.weight(p), rank)
-        pairs[p.site.name], at[p.site.name], bases[p.site.name] = pair, p, base
-        rules.add(getattr(_leaf(structure), "scale_rule", "alpha/r"))
-    dora = any(pair.magnitude is not None for pair in pairs.values())
-    for name, pair in pairs.items() if dora else ():
-        p, path = at[name], at[name].carriers[0][0]
-        if p.site.kind == "parameter" or len(p.carriers) > 1:
-            raise refuse(p.site, p.structure, "its DoRA takes no bare parameters and no tied heads")
-        if pair.magnitude is None:  # a magnitude that changes nothing
-            w = d.weight(p) if bases[name] is None else bases[name]
-            m = row_norm(w + pair.scale * (pair.b @ pair.a))
-            pairs[name] = Pair(pair.a, pair.b, pair.scale, m)
-        if getattr(d.modules[path], "padding_idx", None) is not None:
-            d.notes.append(f"{name}: PEFT moves the padding row, which here stays the base's")
-    root = rules == {"alpha/sqrt(r)"}
-    ranks: dict[str, float] = {}
-    alphas: dict[str, float] = {}
+    def factors(self, p: Placement) -> dict[str, Tensor]:
+        return {k: io.whole(v) for k, v in self.adapter[p.site.name].items()}
 
-    def note(key: str, pair: Pair) -> None:
-        r = pair.rank
-        ranks[key], alphas[key] = r, _tidy(pair.scale * (r**0.5 if root else r))
-
-    stacks: dict[str, list[str]] = {}
-    for name, pair in pairs.items():
-        p = at[name]
+    def host(self, p: Placement) -> Any:
         path, slot, _ = p.carriers[0]
-        module = d.modules[path]
-        owner = path.rpartition(".")[0] if path.endswith("out_proj") else path
-        if p.site.kind == "parameter" and isinstance(d.modules.get(owner), nn.MultiheadAttention):
-            if owner not in d.targets:
-                _attention(d, owner, pairs, at, note)
-        elif p.site.kind == "parameter":
-            stacks.setdefault(path, []).append(slot)
-            note(name, pair)
-        else:
-            d.targets.append(path)
-            d.add(path, encode_pair(pair, p.site, module))
-            note(path, pair)
-            for head, _, transposed in p.carriers[1:]:
-                if not transposed:
-                    raise refuse(p.site, p.structure, "it ties only an embedding and the head")
-                d.settings["ensure_weight_tying"] = True
-                d.add(head, {"lora_A.weight": pair.b.mT, "lora_B.weight": pair.a.mT})
-                note(head, pair)
-    for path, slots in stacks.items():
-        if path == "":
-            raise ConversionError("PEFT cannot adapt a parameter of the outermost module.")
-        order = [n for n in d.modules[path]._parameters if n in slots]
-        for i, slot in enumerate(order):  # nested, the first registered innermost
-            name = f"{path}.{slot}"
-            inner = path + ".base_layer" * (len(order) - 1 - i)
-            d.parameters.append(name)
-            d.add(inner, encode_pair(pairs[name], at[name].site, d.modules[path]))
+        return host_of(self.modules[path], slot)
+
+    def add(self, path: str, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors |= {f"base_model.model.{path}.{k}": v.contiguous().clone() for k, v in tensors.items()}
+
+    def put(self, p: Placement, kind: str, factors: Mapping[str, Tensor]) -> Place:
+        """The factors of a site, by PEFT's names and in its layout."""
+        place, module = self.places.get(p.site.name), self.modules[p.carriers[0][0]]
+        if place is None or not place.path or (len(p.carriers) > 1 and kind != "LORA"):
+            raise _refuse(p, "it has no place for them")
+        check(kind, p.site, module)
+        self.add(place.path, theirs(kind, place, module, factors))
+        self.targets.append(place.key)
+        return place
+
+    def spread(self, key: str, values: Mapping[str, Any], patterns: str | None = None) -> None:
+        """A setting of every site: the commonest value, and patterns for the others."""
+        common = Counter(values.values()).most_common(1)[0][0]
+        odd = {f"^{re.escape(k)}": v for k, v in values.items() if v != common}
+        if odd and patterns is None:
+            raise ConversionError(f"PEFT has one {key} for all sites; found {values}. Pass rank= for a plain LoRA.")
+        self.settings |= {key: common} if patterns is None else {key: common, patterns: odd}
+
+
+# -- the methods ------------------------------------------------------------------------------
+
+
+def _pair(d: _Draft, p: Placement, rank: int | None) -> Pair:
+    f, structure, path = d.factors(p), p.structure, p.carriers[0][0]
+    if isinstance(structure, Stack) and isinstance(structure.first, Replace):
+        d.add(path, {"base_layer.weight": d.host(p).tensor(f["first_value"])})
+        structure, f = structure.second, under("second", f)
+    pair = pair_of(structure, f, p.site.rows)
+    if pair is None:
+        if rank is None:
+            raise _refuse(p, "it has no such method")
+        pair, d.errors[p.site.name] = cut(structure, f, io.whole(d.host(p).weight()), rank)
+    if pair.magnitude is not None:
+        if p.site.kind == "parameter" or len(p.carriers) > 1:
+            raise _refuse(p, "its DoRA takes no bare parameters and no tied heads")
+        if getattr(d.modules[path], "padding_idx", None) is not None:
+            d.notes.append(f"{p.site.name}: PEFT moves the padding row, which here stays the base's")
+    return pair
+
+
+def _lora(d: _Draft, placements: list[Placement], rank: int | None) -> None:
+    pairs = {p: _pair(d, p, rank) for p in placements}
+    root = all(pair.root for pair in pairs.values())
+    dora = any(pair.magnitude is not None for pair in pairs.values())
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for p, pair in pairs.items():
+        if dora and pair.magnitude is None:
+            raise _refuse(p, "its DoRA is of all sites or of none")
+        f = {"a": pair.a, "b": pair.b, "magnitude": pair.magnitude}
+        place = d.put(p, "LORA", {k: v for k, v in f.items() if v is not None})
+        r = pair.a.shape[-2]
+        alpha = numerator(pair.scale, r, root)
+        if (ranks.setdefault(place.key, r), alphas.setdefault(place.key, alpha)) != (r, alpha):
+            raise _refuse(p, "both projections of an attention have one rank and one alpha")
+        for head, _, transposed in p.carriers[1:]:
+            if not transposed:
+                raise _refuse(p, "it ties only an embedding and the head")
+            d.settings["ensure_weight_tying"] = True
+            d.add(head, {"lora_A.weight": pair.b.mT, "lora_B.weight": pair.a.mT})
+            ranks[head], alphas[head] = r, alpha
     d.spread("r", ranks, "rank_pattern")
     d.spread("lora_alpha", alphas, "alpha_pattern")
     d.settings |= {"use_dora": dora, "use_rslora": root}
-    d.settings["target_parameters"] = d.parameters or None
 
 
-def _leaf(structure: Any) -> Any:
-    while hasattr(structure, "inner"):
-        structure = structure.inner
-    return structure
-
-
-def _attention(d: Draft, owner: str, pairs: Mapping[str, Pair], at: Mapping[str, Placement], note: Any) -> None:
-    """Both projections of an ``nn.MultiheadAttention``, which PEFT adapts together."""
-    names = (f"{owner}.in_proj_weight", f"{owner}.out_proj")
-    mine = [n for n in pairs if n.startswith(f"{owner}.")]
-    if not set(mine) <= set(names):
-        raise refuse(at[mine[0]].site, at[mine[0]].structure, "it adapts packed projections only")
-    width = d.modules[owner].embed_dim
-    rank = max(pairs[n].rank for n in mine)
-    scale = pairs[mine[0]].scale
-    dot = {names[0]: "", names[1]: "base_layer.out_proj."}
-    for name, rows in zip(names, (3 * width, width), strict=True):
-        empty = Pair(torch.zeros(1, width), torch.zeros(rows, 1), scale)
-        pair = pairs.get(name, empty).padded(rank)
-        module = d.modules[owner]
-        site = ParameterHost(module, "in_proj_weight").site(names[0])
-        if name == names[1]:
-            site = ParameterHost(module.out_proj, "weight").site(name)
-        even = Pair(pair.a, pair.b * (pair.scale / scale), scale)
-        d.add(owner, {dot[name] + k: v for k, v in encode_pair(even, site, module).items()})
-    d.targets.append(owner)
-    note(owner, Pair(torch.zeros(rank, width), torch.zeros(width, rank), scale))
-
-
-def _adalora(d: Draft, placements: list[Placement]) -> None:
-    rank = max(p.structure.rank for p in placements)  # type: ignore[attr-defined]
+def _adalora(d: _Draft, placements: list[Placement]) -> None:
+    structures: dict[Placement, Any] = {p: p.structure for p in placements}
+    rank = max(s.rank for s in structures.values())
     d.settings |= {"init_r": rank, "target_r": rank, "lora_alpha": rank, "total_step": 1}
     unit = rank / (rank + 1e-5)  # PEFT's scale under these settings
+    for p, s in structures.items():
+        f, more = d.factors(p), rank - s.rank
+        f = {"a": pad(f["a"], (0, 0, 0, more)), "b": pad(f["b"], (0, more)), "e": pad(f["e"], (0, more))}
+        d.put(p, "ADALORA", f | {"e": f["e"] * (s.scale / unit)})
+
+
+def _products(d: _Draft, placements: list[Placement], kind: str) -> None:
+    at: dict[str, Any] = {}
+    ranks: dict[str, int] = {}
     for p in placements:
-        f, structure = d.factors(p), p.structure
-        assert isinstance(structure, SVDForm)
-        pair = Pair(f["a"], f["b"], 1.0).padded(rank)
-        e = nn.functional.pad(f["e"] * (structure.scale / unit), (0, rank - structure.rank))
-        path = p.carriers[0][0]
-        d.targets.append(path)
-        d.add(path, {"lora_A": pair.a, "lora_B": pair.b, "lora_E": e.unsqueeze(-1)})
-
-
-# -- the others -------------------------------------------------------------------------------
-
-
-def _other(d: Draft, placements: list[Placement], kind: str) -> None:
-    ranks, alphas = {}, {}
-    for p in placements:
-        path, structure = p.carriers[0][0], p.structure
-        if len(p.carriers) > 1:
-            raise refuse(p.site, structure, f"its {kind} knows no tied weights")
         f = d.factors(p)
-        d.targets.append(path)
-        d.add(path, encode(structure, f, p.site, d.modules[path]))
-        rank = getattr(structure, "rank", 0)
-        if isinstance(structure, LoKr) and rank is None:  # so large that PEFT keeps both whole
-            rank = max(*f["c"].shape, *f["d"].shape)
-        ranks[path] = rank
-        if isinstance(structure, LoHa | LoKr):
-            alphas[path] = _tidy(structure.scale * rank)
-    if kind == "OFT":
-        _blocks(d, placements)
-        return
+        key = d.put(p, kind, f).key
+        at[key] = p.structure  # a LoKr without rank: one so large that PEFT keeps both factors whole
+        ranks[key] = at[key].rank or max(*f["c"].shape, *f["d"].shape)
     d.spread("r", ranks, "rank_pattern")
-    if alphas:
-        d.spread("alpha", alphas, "alpha_pattern")
+    if kind != "HIRA":
+        d.spread("alpha", {k: numerator(s.scale, ranks[k]) for k, s in at.items()}, "alpha_pattern")
     if kind == "LOKR":
-        kr: Any = {p.carriers[0][0]: p.structure for p in placements}
-        d.spread("decompose_factor", {k: s.factor for k, s in kr.items()})
-        low = {k: s.decompose_both for k, s in kr.items() if s.rank is not None}
-        d.spread("decompose_both", low)
+        d.spread("decompose_factor", {k: s.factor for k, s in at.items()})
+        d.spread("decompose_both", {k: s.decompose_both for k, s in at.items()})
 
 
-def _adjusted(size: int, cols: int) -> int:
-    """The block that PEFT takes where ``size`` is asked for: the nearest divisor."""
-    divisors = [b for b in range(1, cols + 1) if cols % b == 0]
-    return min(divisors, key=lambda b: (abs(b - size), b))
-
-
-def _blocks(d: Draft, placements: list[Placement]) -> None:
-    terms = set()
-    blocks: dict[str, int] = {}
+def _oft(d: _Draft, placements: list[Placement]) -> None:
+    sizes: dict[str, int] = {}
+    terms: dict[str, int | None] = {}
     for p in placements:
         assert isinstance(p.structure, OFT)
-        terms.add(p.structure.terms)
-        count = d.adapter[p.site.name]["q"].shape[0]
-        blocks[p.site.name] = p.site.cols // count
-    if len(terms) > 1 or terms == {3}:
-        raise ConversionError(
-            f"PEFT's OFT has one number of terms for all sites, 4 or more; found {terms}. Use "
-            f"terms=None or 5, or pass rank= to write a plain LoRA cut to that rank."
-        )
-    one = next(iter(terms))
-    d.settings["use_cayley_neumann"] = one is not None
-    d.settings["num_cayley_neumann_terms"] = one or 5
-    size = Counter(blocks.values()).most_common(1)[0][0]
-    if all(_adjusted(size, p.site.cols) == blocks[p.site.name] for p in placements):
-        d.settings |= {"oft_block_size": size, "r": 0}
-        return
-    counts = {p.site.cols // blocks[p.site.name] for p in placements}
-    if len(counts) > 1:
-        raise ConversionError(
-            f"PEFT's OFT has one block size, or one number of blocks; found {blocks}. Pass rank= "
-            f"to write a plain LoRA cut to that rank, its error stated."
-        )
-    d.settings |= {"oft_block_size": 0, "r": counts.pop()}
+        if p.structure.terms == 3:
+            raise _refuse(p, "its OFT has 4 terms or more")
+        q = d.factors(p)["q"]
+        key = d.put(p, "OFT", {"q": q if p.structure.terms is None else -q}).key
+        sizes[key], terms[key] = p.site.cols // len(q), p.structure.terms
+    d.spread("oft_block_size", sizes)
+    d.spread("num_cayley_neumann_terms", {k: t or 5 for k, t in terms.items()})
+    d.spread("use_cayley_neumann", {k: t is not None for k, t in terms.items()})
+    d.settings["r"] = 0
 
 
-# -- the files --------------------------------------------------------------------------------
+# -- the model's own tensors --------------------------------------------------------------------
 
 
-def _kind(placements: list[Placement], rank: int | None) -> str | None:
+def _tokens(d: _Draft, placements: list[Placement], kind: str | None) -> str:
+    """Rows of new tokens, beside LoRA or alone; returns the method that they make it."""
+    ids: dict[str, tuple[int, ...]] = {p.carriers[0][0]: p.structure.index for p in placements}  # type: ignore
+    if d.adapter.recipe.sites.tied == "untie":
+        raise _refuse(placements[0], "its token rows always reach a tied head, and these were trained on an untied one")
+    alone = kind is None and len(set(ids.values())) == 1
+    if kind != "LORA" and not alone:
+        raise _refuse(placements[0], f"token rows stand alone, the same everywhere, or beside LoRA, not {kind}")
+    for p in placements:
+        infix = "" if alone else "token_adapter."
+        d.add(p.carriers[0][0], {f"{infix}trainable_tokens_delta": d.factors(p)["rows"]})
+    if not alone:
+        d.settings["trainable_token_indices"] = ids
+        return "LORA"
+    d.targets += ids
+    d.settings["token_indices"] = next(iter(ids.values()))
+    return "TRAINABLE_TOKENS"
+
+
+def _whole(d: _Draft, placements: list[Placement], kind: str) -> None:
+    """Tensors trained whole: biases of adapted layers, else modules_to_save."""
+    saved: list[str] = []
+    for p in sorted(placements, key=lambda p: p.site.name.count(".")):
+        path, slot, _ = p.carriers[0]
+        value = d.host(p).tensor(d.factors(p)["value"])
+        if slot == "bias" and path in d.targets and kind in ("LORA", "ADALORA", "OFT"):
+            d.settings["bias"] = "oft_only" if kind == "OFT" else "lora_only"
+            d.add(path, {"base_layer.bias": value})
+            continue
+        if not any(f"{path}.".startswith(f"{s}.") for s in saved):
+            if path == "" or any(f"{t}.".startswith(f"{path}.") for t in d.targets):
+                raise _refuse(p, "it saves a module whole or adapts what is in it, not both")
+            saved.append(path)
+            state = d.modules[path].state_dict()  # PEFT saves all of the module
+            d.add(path, {k: io.whole(v) for k, v in state.items() if "adapters" not in k.split(".")})
+        d.add(path, {slot: value})
+    if saved:
+        d.settings["modules_to_save"] = saved
+
+
+# -- the files ----------------------------------------------------------------------------------
+
+
+def _method(d: _Draft, placements: list[Placement], rank: int | None) -> str | None:
     """The one method of all sites, or LoRA where they have none in common."""
-    kinds = {method(p.structure) for p in placements}
-    if not placements:
-        return None
-    only = next(iter(kinds)) if len(kinds) == 1 else None
-    if only == "ADALORA":
-        convolution = {len(p.site.shape) for p in placements if p.site.kind == "conv"}
-        fits = all(p.site.kind in ("linear", "conv") for p in placements)
-        return only if fits and convolution <= {4} else LOWRANK
-    return LOWRANK if only is None or rank is not None else only
+    kinds = {m.structure: kind for kind, m in METHODS.items()}
+    found = {kinds.get(type(p.structure), "LORA") for p in placements}
+    kind = found.pop() if len(found) == 1 else "LORA" if found else None
+    layers = {layer_of(p.site, d.modules[p.carriers[0][0]]) for p in placements}
+    fits = kind is None or layers <= set(METHODS[kind].layers)
+    return kind if fits and (rank is None or kind in (None, "ADALORA")) else "LORA"
 
 
 def write(adapter: Adapter, path: str | Path, rank: int | None = None) -> ExportReport:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` for PEFT 0.21.2.
 
-    A PiSSA is written as plain LoRA of twice the rank, so that nothing is recomputed on load.
+    A PiSSA is written as plain LoRA of twice the rank, so that nothing is recomputed on load. Settings that are not
+    written have PEFT's defaults.
 
     Args:
         adapter: the adapter, on its model.
@@ -257,63 +244,53 @@ def write(adapter: Adapter, path: str | Path, rank: int | None = None) -> Export
         ConversionError: a structure or a site that PEFT cannot hold, and no rank was given.
         SaveError: the disk is full or not writable.
     """
-    d = Draft(adapter)
+    d, folder = _Draft(adapter), Path(path)
     whole = [p for p in adapter.placements if isinstance(p.structure, Replace)]
     tokens = [p for p in adapter.placements if isinstance(p.structure, TokenRows)]
     rest = [p for p in adapter.placements if p not in whole and p not in tokens]
-    kind = _kind(rest, rank)
+    kind = _method(d, rest, rank)
     with torch.no_grad():
-        if kind == LOWRANK:
+        if kind == "LORA":
             _lora(d, rest, rank)
         elif kind == "ADALORA":
             _adalora(d, rest)
+        elif kind == "OFT":
+            _oft(d, rest)
         elif kind is not None:
-            _other(d, rest, kind)
-        if tokens:
-            kind = put_tokens(d, tokens, kind)
-        kind = kind or LOWRANK
-        put_whole(d, whole, kind)
-    _dropout(d, kind)
-    config = _settings(d, kind)
-    folder = Path(path)
-    flat = {k: v.contiguous().clone() for k, v in d.tensors.items()}
-    io.atomically(folder / WEIGHTS, lambda file: save_file(flat, file, {"format": "pt"}))
-    text = json.dumps(config, indent=2, sort_keys=True)
+            _products(d, rest, kind)
+        kind = _tokens(d, tokens, kind) if tokens else kind or "LORA"
+        _whole(d, whole, kind)
+    text = json.dumps(_config(d, kind), indent=2, sort_keys=True)
 
-    def settings(file: Path) -> None:
+    def save_text(file: Path) -> None:
         file.write_text(text, encoding="utf-8")
 
-    io.atomically(folder / CONFIG, settings)
+    io.atomically(folder / WEIGHTS, lambda file: save_file(d.tensors, file, {"format": "pt"}))
+    io.atomically(folder / CONFIG, save_text)
     return ExportReport(folder, kind, len(adapter), d.errors, tuple(d.notes))
 
 
-def _dropout(d: Draft, kind: str) -> None:
+def _config(d: _Draft, kind: str) -> dict[str, Any]:
+    cls = type(d.adapter.model)
+    cls = getattr(cls, "grafted_base", cls)
+    mapping: dict[str, Any] = {"auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__}}
+    if cls.__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        mapping = {"task_type": "CAUSAL_LM"}
+    parameters = [t for t in d.targets if t not in d.modules]
+    targets: Any = sorted(set(d.targets) - set(parameters))
+    clash = any(name.endswith(f".{t}") for t in targets for name in d.modules.keys() - set(targets))
+    if any(type(d.modules[t]).__name__ == "Conv1D" for t in targets):
+        d.settings["fan_in_fan_out"] = True
     p = d.adapter.recipe.dropout
     key = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout"}.get(kind)
-    if p and key and not d.parameters:
+    if key and not parameters:
         d.settings[key] = p
     elif p:
         d.notes.append(f"dropout={p} of training, which PEFT has not for these sites")
-
-
-def _settings(d: Draft, kind: str) -> dict[str, Any]:
-    cls = type(d.adapter.model)
-    cls = getattr(cls, "grafted_base", cls)
-    causal = _CAUSAL.search(cls.__name__) is not None
-    mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
-    targets = sorted(set(d.targets))
-    others = set(d.modules) - set(targets)
-    clash = any(o.endswith(f".{t}") for t in targets for o in others)
-    if clash and kind != "TRAINABLE_TOKENS":
-        targets: Any = "|".join(re.escape(t) for t in targets)
-    transposed = {type(d.modules[t]).__name__ == "Conv1D" for t in set(d.targets)}
-    own = {
-        "auto_mapping": None if causal else mapping,
-        "base_model_name_or_path": getattr(d.adapter.model, "name_or_path", None) or None,
-        "peft_type": kind,
-        "target_modules": targets,
-        "task_type": "CAUSAL_LM" if causal else None,
-    }
-    if "fan_in_fan_out" in DEFAULTS[kind]:
-        own["fan_in_fan_out"] = transposed == {True}
-    return {**DEFAULTS[kind], **d.settings, **own}
+    if clash and kind != "TRAINABLE_TOKENS":  # PEFT takes the ends of names
+        targets = "|".join(re.escape(t) for t in targets)
+    if parameters:
+        d.settings["target_parameters"] = parameters
+    name = getattr(d.adapter.model, "name_or_path", None) or None
+    own = {"peft_type": kind, "target_modules": targets, "base_model_name_or_path": name, "inference_mode": True}
+    return {**d.settings, **mapping, **own, "peft_version": VERSION}
