@@ -4,12 +4,10 @@ Results go to stdout, progress to stderr. Exit codes: 0 done, 2 the user's input
 memory, 4 a verification failed, 130 interrupted.
 """
 
-from __future__ import annotations
-
-import importlib
+import re
 import sys
 import warnings
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any
 
 from rankwise.errors import RankwiseError
@@ -18,7 +16,7 @@ COMMANDS = ("demo", "finetune", "evaluate", "generate", "data", "methods", "targ
 
 
 def app() -> Any:
-    """The typer application with every command that is there."""
+    """The typer application with every command."""
     import typer
 
     made = typer.Typer(
@@ -27,8 +25,7 @@ def app() -> Any:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        rich_markup_mode="rich",
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
 
     @made.callback(invoke_without_command=True)
@@ -37,41 +34,30 @@ def app() -> Any:
             from rankwise.version import __version__
 
             print(__version__)
-            raise typer.Exit
 
     for name in COMMANDS:
-        if find_spec(f"rankwise.cli.{name}") is not None:
-            module = importlib.import_module(f"rankwise.cli.{name}")
-            made.command(name)(getattr(module, name))
+        made.command(name)(getattr(import_module(f"rankwise.cli.{name}"), name))
     return made
 
 
 def main() -> None:
     """Run the command line; every foreseen failure is one sentence on stderr and an exit code."""
-    try:
-        import typer  # noqa: F401
-    except ImportError:
-        _fail("The command line needs typer and rich: pip install 'rankwise[cli]'.", 2)
     warnings.showwarning = _warned
     try:
         app()()
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich", "yaml", "transformers"):
+            raise
+        _fail(f"The command line needs {error.name}: pip install 'rankwise[cli]'.", 2)
     except RankwiseError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("Interrupted; finetune --resume goes on from the last checkpoint.", 130)
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or _out_of_memory(error)):
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        _fail(
-            f"This does not fit in memory ({str(error).splitlines()[0][:120]}). Try --base nf4, a "
-            f"smaller --batch, or a smaller --max-length.",
-            3,
-        )
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    text = str(error)
-    return type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text
+        remedy = "Try --base nf4, a smaller --batch or --max-length, or checkpointing=true."
+        _fail(f"This does not fit in memory ({str(error).splitlines()[0][:120]}). {remedy}", 3)
 
 
 def _warned(message: Any, category: Any, *rest: Any, **more: Any) -> None:

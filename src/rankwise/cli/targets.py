@@ -1,7 +1,5 @@
 """``rankwise targets``."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 from rankwise.cli import common
@@ -13,32 +11,19 @@ def targets(
     structure: common.Structure = None,
     rank: common.Rank = None,
     option: common.Options = None,
-    target: common.Targets = None,
-    as_json: common.JsonFlag = False,
+    target: common.Target = None,
+    as_json: common.Json = False,
 ) -> None:
     """Show what patterns match on a model, without loading its weights."""
     common.quiet()
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rankwise.attach import targets as matched
+    import rankwise as rw
     from rankwise.hf.method import compose
     from rankwise.hf.models import config_of
 
-    recipe = compose(
-        method, {"structure": structure}, rank=rank, options=common.pairs(option or []), targets=target or ()
-    )
+    recipe = compose(method, {"structure": structure}, rank=rank, options=common.pairs(option), targets=target or ())
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config_of(model))
-    report = matched(empty, recipe)
-    if as_json:
-        common.print_json(asdict(report))
-        return
-    rows = [(r.pattern, f"{r.count:,}", f"{r.parameters:,}", ", ".join(r.examples)) for r in report.rows]
-    console = common.console()
-    console.print(common.table(("pattern", "sites", "parameters", "such as"), rows))
-    console.print(
-        f"{recipe.name}: {report.sites} sites, {report.parameters:,} trainable parameters, "
-        f"{common.size(4 * report.parameters)} on disk in float32",
-        soft_wrap=True,
-    )
+        report = rw.targets(AutoModelForCausalLM.from_config(config_of(model)), recipe)
+    common.show(as_json, asdict(report), str(report))

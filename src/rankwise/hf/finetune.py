@@ -1,16 +1,17 @@
 """Fine-tuning from end to end: ``finetune(Run(model=..., data=..., out=...))``.
 
 ``out`` receives ``adapter.safetensors`` and the tokenizer, ``run.yaml`` (the run, whole),
-``metrics.jsonl`` (a line a step, the last one the result), ``loss.png`` and ``checkpoint-N``.
+``metrics.jsonl`` (a line a step, the last one the result), ``loss.png`` where matplotlib
+is installed, and ``checkpoint-N``.
 """
 
 from __future__ import annotations
 
 import json
-import time
+import math
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,26 @@ from rankwise.hf.folder import claimed
 from rankwise.hf.method import compose
 from rankwise.hf.models import config_of
 from rankwise.hf.plots import loss_curve
-from rankwise.hf.run import Listener, Result, Run
+from rankwise.hf.run import Result, Run
 from rankwise.hf.tasks import TASKS, CausalLM, SequenceClassification, Task
 from rankwise.hf.trainer import Trainer
 from rankwise.targets import TargetReport
 from rankwise.version import __version__
 
 __all__ = ["Listener", "Prepared", "Result", "Run", "finetune", "prepare", "scored", "task_of"]
+
+
+class Listener(TrainerCallback):
+    """Told how a run goes, between its stages as below, while it trains as every callback of transformers."""
+
+    def doing(self, what: str) -> None:
+        """A stage begins: "loading the model", "measuring before training"."""
+
+    def planned(self, prepared: Prepared) -> None:
+        """All is loaded; the first step comes next."""
+
+
+QUIET = Listener()
 
 
 @dataclass
@@ -81,63 +95,55 @@ def task_of(run: Run) -> Task:
     return SequenceClassification(length, run.labels)
 
 
+@torch.no_grad()
 def scored(task: Task, model: Any, examples: Any, processor: Any, batch: int = 8) -> dict[str, float]:
     """The task's measures over examples, with the model in evaluation mode."""
-    rows, collate = task.rows(examples), task.collator(processor)
+    rows, collate, device = task.rows(examples), task.collator(processor), next(model.parameters()).device
 
     def batches() -> Iterator[Mapping[str, Any]]:
         for i in range(0, len(rows), batch):
-            yield collate([rows[j] for j in range(i, min(i + batch, len(rows)))])
+            items = collate([rows[j] for j in range(i, min(i + batch, len(rows)))]).items()
+            yield {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in items}
 
     training = model.training
-    model.eval()
     try:
-        return task.score(model, batches(), processor)
+        return task.score(model.eval(), batches(), processor)
     finally:
         model.train(training)
 
 
-def prepare(run: Run, task: Task | None = None, listener: Listener | None = None) -> Prepared:
+def prepare(run: Run, task: Task | None = None, listener: Listener = QUIET) -> Prepared:
     """Load data and model and attach the adapter; nothing is written.
 
     Raises:
         RankwiseError: whatever is wrong with the run, the data, the model or the method.
     """
-    listener = listener or Listener()
     axes = {"structure": run.structure, "init": run.init, "solver": run.solver, "ranks": run.ranks}
     recipe = compose(run.method, axes, rank=run.rank, options=run.options, targets=run.target, base=run.base)
     task = task or task_of(run)
     listener.doing("reading the data")
     processor = task.processor(run.model)
-    train, held, own = task.examples(run.data, processor), None, None
-    if isinstance(task, SequenceClassification):
-        task = task.learned(train)
-        run = replace(run, labels=task.labels)
+    train, held = task.examples(run.data, processor), None
+    task = task.settled(train)
+    run = replace(run, labels=getattr(task, "labels", None))
     if isinstance(run.validation, str):
         held = task.examples(run.validation, processor)
     elif run.validation:
         train, held = task.split(train, run.validation, run.seed)
-    if run.base_text is not None:
-        own = task.examples(run.base_text, processor)
+    own = task.examples(run.base_text, processor) if run.base_text else None
     listener.doing("loading the model")
     set_seed(run.seed)
     model = task.model(run.model, train, processor, base=recipe.base, dtype=run.dtype)
     recipe = recipe.with_(sites=task.sites(recipe.sites, model))
     report = targets(model, recipe)
     listener.doing("attaching the adapter")
-    set_seed(run.seed)
     adapter = attach(model, recipe)
     lr = recipe.lr if isinstance(run.lr, str) else run.lr
     return Prepared(run, task, processor, train, held, own, model, adapter, report, lr)
 
 
 def finetune(
-    run: Run,
-    *,
-    task: Task | None = None,
-    listener: Listener | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
+    run: Run, *, task: Task | None = None, listener: Listener = QUIET, resume: bool = False, overwrite: bool = False
 ) -> Result:
     """Train an adapter and leave everything about it in ``run.out``.
 
@@ -156,60 +162,73 @@ def finetune(
         TrainingError: the loss became NaN, or a site gets no gradient.
         RankwiseError: whatever else is wrong with the run, the data, the model or the method.
     """
-    listener = listener or Listener()
     with claimed(run.out, resume=resume, overwrite=overwrite) as out:
         file = out / "run.yaml"
-        if resume and file.exists():
-            _check_same(run, Run.read(file))
+        if resume and file.exists() and (names := run.differs(former := Run.read(file))):
+            found = ", ".join(f"{name} {getattr(former, name)} and now {getattr(run, name)}" for name in names)
+            raise OutputExists(
+                f"A resumed run goes on as it began; found {found}. Repeat run.yaml (rankwise finetune {file} "
+                f"--resume), or give another --out."
+            )
         prepared = prepare(run, task, listener)
         prepared.run.write(file, f"rankwise {__version__}, {prepared.adapter.recipe.name}, lr {prepared.lr:g}")
-        if hasattr(prepared.processor, "save_pretrained"):
+        if prepared.processor is not None:
             prepared.processor.save_pretrained(out)
         listener.planned(prepared)
         return _train(prepared, out, listener, resume)
 
 
-def _check_same(run: Run, former: Run) -> None:
-    if names := run.differs(former):
-        found = ", ".join(f"{n} {getattr(former, n)} and now {getattr(run, n)}" for n in names)
-        raise OutputExists(
-            f"A resumed run goes on as it began; found {found}. Repeat run.yaml "
-            f"(rankwise finetune {run.out}/run.yaml --resume), or give another --out."
-        )
-
-
 def _train(prepared: Prepared, out: Path, listener: Listener, resume: bool) -> Result:
-    run, task, model, adapter = prepared.run, prepared.task, prepared.model, prepared.adapter
+    task, model, adapter = prepared.task, prepared.model, prepared.adapter
+
+    def measured(when: str) -> dict[str, Any]:
+        listener.doing(f"measuring {when} training")
+        told = {when: prepared.validation, f"own_{when}": prepared.own}
+        return {key: scored(task, model, e, prepared.processor) for key, e in told.items() if e is not None}
+
+    with disabled(model):
+        scores = measured("before")
+    trainer = _trainer(prepared, out, listener)
+    done = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if resume else None)
+    adapter.save(out)
+    scores |= measured("after")
+    history = trainer.state.log_history
+    losses = [row["loss"] for row in history if "loss" in row]
+    tail = losses[-max(1, len(losses) // 10) :]
+    result = Result(
+        out=str(out),
+        steps=trainer.state.global_step,
+        tokens=int(trainer.state.num_input_tokens_seen),
+        seconds=done.metrics["train_runtime"],
+        parameters=sum(p.numel() for p in adapter.parameters()),
+        loss=sum(tail) / len(tail),
+        **scores,
+    )
+    with (out / METRICS).open("a") as journal:
+        journal.write(json.dumps({"result": asdict(result)}) + "\n")
+    if find_spec("matplotlib"):
+        loss_curve(history, out / "loss.png", f"{adapter.recipe.name} on {Path(prepared.run.data).name}")
+    return result
+
+
+def _trainer(prepared: Prepared, out: Path, listener: Listener) -> Trainer:
+    run, task = prepared.run, prepared.task
     rows = task.rows(prepared.train)
-    steps = run.steps or max(1, round(run.epochs * -(-len(rows) // (run.batch * run.accumulate))))
-    every = max(1, -(-steps // run.saves))
-
-    def measured(on: str, examples: Any, base: bool) -> dict[str, float] | None:
-        if examples is None:
-            return None
-        listener.doing(f"measuring {'the base' if base else 'the adapted model'} on {on}")
-        with disabled(model) if base else nullcontext():
-            return scored(task, model, examples, prepared.processor, run.batch)
-
-    before = measured("the validation data", prepared.validation, True)
-    own_before = measured("its own text", prepared.own, True)
-    validation = None if prepared.validation is None else task.rows(prepared.validation)
+    held = None if prepared.validation is None else task.rows(prepared.validation)
+    steps = run.steps or max(1, round(run.epochs * math.ceil(len(rows) / (run.batch * run.accumulate))))
+    every = math.ceil(steps / run.saves)
     arguments = TrainingArguments(
         str(out),
         max_steps=steps,
         per_device_train_batch_size=run.batch,
-        per_device_eval_batch_size=run.batch,
         gradient_accumulation_steps=run.accumulate,
-        lr_scheduler_type=run.schedule if run.schedule != "constant" else "constant_with_warmup",
+        gradient_checkpointing=run.checkpointing,
+        lr_scheduler_type=run.schedule,
         warmup_steps=0.03,  # below 1 a share of the steps
         logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
-        eval_strategy="no" if validation is None else "steps",
+        eval_strategy="no" if held is None else "steps",
         eval_steps=every,
-        prediction_loss_only=True,
         seed=run.seed,
         include_num_input_tokens_seen="non_padding",
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -217,65 +236,15 @@ def _train(prepared: Prepared, out: Path, listener: Listener, resume: bool) -> R
         report_to="none",
         disable_tqdm=True,
     )
-    bridge = _Bridge(listener)
     trainer = Trainer(
-        model,
+        prepared.model,
         arguments,
         lr=None if run.lr == "auto" else prepared.lr,
         train_dataset=rows,
-        eval_dataset=validation,
+        eval_dataset=held,
         data_collator=task.collator(prepared.processor),
         processing_class=prepared.processor,
-        callbacks=[bridge],
+        callbacks=[listener],
     )
     trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(str(out)) if resume else None
-    begin = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last)
-    seconds = time.perf_counter() - begin
-    history = trainer.state.log_history
-    losses = [row["loss"] for row in history if "loss" in row]
-    tail = losses[-max(1, len(losses) // 10) :]
-    after = measured("the validation data", prepared.validation, False)
-    own_after = measured("its own text", prepared.own, False)
-    saved = adapter.save(out)
-    result = Result(
-        out=str(out),
-        measure=task.measure,
-        before=before,
-        after=after,
-        own_before=own_before,
-        own_after=own_after,
-        steps=trainer.state.global_step,
-        tokens=int(trainer.state.num_input_tokens_seen - bridge.start[1]),
-        seconds=seconds,
-        parameters=sum(p.numel() for p in adapter.parameters()),
-        file_bytes=saved.stat().st_size,
-        lr=prepared.lr,
-        loss=sum(tail) / len(tail) if tail else None,
-    )
-    with (out / METRICS).open("a") as journal:
-        journal.write(json.dumps({"result": asdict(result)}) + "\n")
-    loss_curve(history, out / "loss.png", f"{adapter.recipe.name} on {Path(run.data).name}")
-    return result
-
-
-@dataclass
-class _Bridge(TrainerCallback):
-    """Passes what the Trainer says on to the listener."""
-
-    listener: Listener
-    start: tuple[float, float] = (0.0, 0.0)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.start = (time.perf_counter(), state.num_input_tokens_seen)
-        self.listener.began(state.global_step, state.max_steps)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs.get("logs") or {}
-        if "eval_loss" in logs:
-            self.listener.validated(state.global_step, logs["eval_loss"])
-        if "loss" in logs:
-            seconds = time.perf_counter() - self.start[0]
-            rate = (state.num_input_tokens_seen - self.start[1]) / max(seconds, 1e-9)
-            self.listener.stepped(state.global_step, logs["loss"], rate)
+    return trainer

@@ -1,12 +1,11 @@
 """An output folder of one's own: nothing is overwritten unasked, one process at a time."""
 
-from __future__ import annotations
-
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout  # which torch brings
 
 from rankwise.errors import OutputExists, SaveError
 
@@ -30,60 +29,32 @@ def claimed(out: str | Path, *, resume: bool = False, overwrite: bool = False) -
         OutputExists: it is not empty, or another process is writing it.
         SaveError: it cannot be made.
     """
-    path = Path(out)
-    made = not path.exists()
+    path, made = Path(out), not Path(out).exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise SaveError(f"The output folder {path} cannot be written ({error}).") from error
-    held = False
+        raise SaveError(f"The output folder {path} cannot be made ({error}).") from error
     try:
-        held = _lock(handle) and (path / LOCK).exists() and _same(handle, path / LOCK)
-        if not held:
-            holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
-            raise OutputExists(
-                f"One process writes a folder at a time; {path} is held by process {holder}. Wait "
-                f"for it, or give another --out."
-            )
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
-        there = sorted(p.name for p in path.iterdir() if p.name != LOCK)
-        if there and not (resume or overwrite):
-            raise OutputExists(
-                f"Nothing is overwritten unasked; {path} holds {', '.join(there[:3])}"
-                f"{' ...' if len(there) > 3 else ''}. Give another --out, or --overwrite it"
-                f"{', or --resume the run in it' if 'run.yaml' in there else ''}."
-            )
-        for name in OURS if overwrite and not resume else ():
-            for inside in path.glob(name):
-                shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
-        yield path
-    finally:
-        if held:
-            (path / LOCK).unlink(missing_ok=True)
-        os.close(handle)
-        if held and made and path.exists() and not any(path.iterdir()):
-            path.rmdir()
+        with FileLock(path / LOCK, timeout=0):
+            try:
+                _clear(path, resume, overwrite)
+                yield path
+            finally:
+                (path / LOCK).unlink()
+                if made and not any(path.iterdir()):
+                    path.rmdir()
+    except Timeout as error:
+        text = f"One process writes a folder at a time; another one is writing {path}. Wait, or give another --out."
+        raise OutputExists(text) from error
 
 
-def _same(handle: int, path: Path) -> bool:
-    return os.fstat(handle).st_ino == path.stat().st_ino
-
-
-def _lock(handle: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+def _clear(path: Path, resume: bool, overwrite: bool) -> None:
+    there = sorted(file.name for file in path.iterdir() if file.name != LOCK)
+    if there and not (resume or overwrite):
+        remedy = ", or --resume the run in it" if "run.yaml" in there else ""
+        raise OutputExists(
+            f"Nothing is overwritten unasked; {path} holds {', '.join(there[:3])}{' ...' if there[3:] else ''}. "
+            f"Give another --out, or --overwrite it{remedy}."
+        )
+    for file in [file for pattern in OURS for file in path.glob(pattern)] if not resume else []:
+        shutil.rmtree(file) if file.is_dir() else file.unlink()

@@ -1,11 +1,11 @@
-"""A fine-tuning run as data: what run.yaml holds, what it came to, and who is told."""
+"""A fine-tuning run as data: what run.yaml holds, and what it came to."""
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, final
@@ -41,11 +41,12 @@ class Run:
         steps: optimizer steps.
         batch: examples a forward pass.
         accumulate: forward passes an optimizer step.
+        checkpointing: compute activations again in the backward pass: a third slower, far less memory.
         max_length: longest example in tokens; None for the model's context, at most 1024.
         pack: lay documents side by side into full rows.
         validation: a file, or the share of the rows to set aside; None to measure nothing.
         base_text: a text of the base's own kind, to measure what training cost there.
-        schedule: of the learning rate, after a short warm-up: "cosine", "linear", "constant".
+        schedule: of the learning rate, after a short warm-up: "cosine", "linear", "constant" (that without warm-up).
         saves: checkpoints and validations along the way.
         seed: of everything drawn at random.
         labels: names of the classes, filled in by the run.
@@ -70,6 +71,7 @@ class Run:
     steps: int | None = None
     batch: int = 8
     accumulate: int = 1
+    checkpointing: bool = False
     max_length: int | None = None
     pack: bool = False
     validation: float | str | None = 0.1
@@ -88,22 +90,17 @@ class Run:
             DataError: a value of the wrong kind.
         """
         hints = typing.get_type_hints(cls)
-        for key in values:
-            if key not in hints:
-                close = difflib.get_close_matches(str(key), hints, n=2)
-                hint = f"Nearest: {', '.join(close)}." if close else f"It has: {', '.join(hints)}."
-                raise UnknownName(f'A run has no "{key}". {hint}')
-        missing = [name for name in ("model", "data", "out") if not values.get(name)]
-        if missing:
+        if unknown := sorted(values.keys() - hints):
+            raise UnknownName(f"A run says {', '.join(hints)}; found {', '.join(unknown)}.")
+        if missing := [name for name in ("model", "data", "out") if not values.get(name)]:
             raise DataError(f"A run names a model, data and out; found no {', '.join(missing)}.")
-        run = cls(**{key: _coerced(key, hints[key], value) for key, value in values.items()})
+        run = cls(**{name: _read(name, hints[name], value) for name, value in values.items()})
         for name in ("epochs", "steps", "batch", "accumulate", "saves", "rank"):
             if (value := getattr(run, name)) is not None and value <= 0:
                 raise DataError(f"{name} is above 0; found {value}.")
-        if isinstance(run.lr, str) and run.lr != "auto":
-            raise DataError(f'lr is a number or "auto"; found {run.lr!r}.')
-        if run.schedule not in ("cosine", "linear", "constant"):
-            raise DataError(f"schedule is cosine, linear or constant; found {run.schedule!r}.")
+        for name, words in {"lr": ("auto",), "schedule": ("cosine", "linear", "constant")}.items():
+            if isinstance(value := getattr(run, name), str) and value not in words:
+                raise DataError(f"{name} is {' or '.join(words)}{' or a number' * (name == 'lr')}; found {value!r}.")
         return run
 
     @classmethod
@@ -128,7 +125,7 @@ class Run:
         Raises:
             SaveError: the file cannot be written.
         """
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
         text = f"# {note}\n" + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
         def put(temporary: Path) -> None:
@@ -139,8 +136,7 @@ class Run:
     def differs(self, other: Run) -> list[str]:
         """The names in which two runs differ that a resumed run must share."""
         free = ("out", "epochs", "steps", "labels", "base_text")
-        names = [f.name for f in fields(Run) if f.name not in free]
-        return [name for name in names if getattr(self, name) != getattr(other, name)]
+        return [f.name for f in fields(self) if f.name not in free and getattr(self, f.name) != getattr(other, f.name)]
 
 
 @dataclass(frozen=True)
@@ -149,79 +145,42 @@ class Result:
 
     Attributes:
         out: the folder.
-        measure: the key of the scores that counts.
+        steps: optimizer steps.
+        tokens: tokens seen.
+        seconds: of training.
+        parameters: trained ones.
+        loss: training loss over the last tenth of the steps.
         before: scores of the base on the validation data.
         after: scores of the adapted model there.
         own_before: scores of the base on its own text.
         own_after: scores of the adapted model there.
-        steps: optimizer steps.
-        tokens: tokens seen, since the last checkpoint where one was resumed.
-        seconds: of training.
-        parameters: trained ones.
-        file_bytes: size of the adapter file.
-        lr: learning rate.
-        loss: training loss over the last tenth of the steps.
     """
 
     out: str
-    measure: str
-    before: dict[str, float] | None
-    after: dict[str, float] | None
-    own_before: dict[str, float] | None
-    own_after: dict[str, float] | None
     steps: int
     tokens: int
     seconds: float
     parameters: int
-    file_bytes: int
-    lr: float
-    loss: float | None
+    loss: float
+    before: dict[str, float] | None = None
+    after: dict[str, float] | None = None
+    own_before: dict[str, float] | None = None
+    own_after: dict[str, float] | None = None
 
 
-class Listener:
-    """Told how a run goes; the command line draws it. Every method may be left as it is."""
-
-    def doing(self, what: str) -> None:
-        """A stage begins: "loading the model", "measuring the base"."""
-
-    def planned(self, prepared: Any) -> None:
-        """All is loaded; the first step comes next."""
-
-    def began(self, step: int, steps: int) -> None:
-        """Training begins, or goes on from a checkpoint at ``step``."""
-
-    def stepped(self, step: int, loss: float | None, rate: float) -> None:
-        """An optimizer step is done; ``rate`` is in tokens a second."""
-
-    def validated(self, step: int, loss: float) -> None:
-        """The validation loss along the way."""
-
-
-def _coerced(name: str, hint: Any, value: Any) -> Any:
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    kinds = typing.get_args(hint) if union else (hint,)
-    if value is None and types.NoneType in kinds:
-        return None
-    for kind in kinds:
-        origin = typing.get_origin(kind) or kind
-        if origin is tuple and isinstance(value, list | tuple):
-            return tuple(value)
-        if origin is tuple and isinstance(value, str):
-            return tuple(value.split(","))
-        if origin is dict and isinstance(value, Mapping):
-            return dict(value)
-        if isinstance(value, bool):
-            if origin is bool:
-                return value
-            continue
-        if origin in (int, float) and isinstance(value, int | float | str):
-            try:
-                number = float(value)
-            except ValueError:
-                continue
-            if origin is float or number.is_integer():
-                return origin(number)
-        if origin is str and isinstance(value, str | int | float):
-            return str(value)
-    words = " or ".join(getattr(k, "__name__", str(k)) for k in kinds if k is not types.NoneType)
-    raise DataError(f"{name} is {words}; found {value!r}.")
+def _read(name: str, hint: Any, value: Any) -> Any:
+    """A value as the field's type wants it: numbers from text (YAML reads 1e-3 as text), tuples from lists."""
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = [typing.get_origin(part) or part for part in parts]
+    if tuple in kinds and isinstance(value, str | list):
+        value = tuple(value.split(",") if isinstance(value, str) else value)
+    if (int in kinds or float in kinds) and isinstance(value, str | int | float) and not isinstance(value, bool):
+        with suppress(ValueError):
+            value = float(value)
+            value = int(value) if int in kinds and value.is_integer() else value
+    elif str in kinds and isinstance(value, int | float):
+        value = str(value)
+    if type(value) not in kinds:
+        words = " or ".join(kind.__name__ for kind in kinds if kind is not types.NoneType)
+        raise DataError(f"{name} is {words}; found {value!r}.")
+    return value

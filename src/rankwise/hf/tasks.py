@@ -16,11 +16,12 @@ from typing import Any, ClassVar, final
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rankwise.errors import DataError
 from rankwise.hf import data
 from rankwise.hf.data.examples import IGNORE
-from rankwise.hf.models import load_model, tokenizer_of
+from rankwise.hf.models import load_model, pad_id, tokenizer_of
 from rankwise.sites import Sites, Target
 from rankwise.targets import HEADS
 
@@ -32,13 +33,9 @@ class Task(ABC):
 
     Attributes:
         name: for reports.
-        measure: the key of :meth:`score` that counts.
-        higher: whether more of it is better.
     """
 
     name: ClassVar[str]
-    measure: ClassVar[str]
-    higher: ClassVar[bool] = False
 
     @abstractmethod
     def processor(self, model: str) -> Any:
@@ -58,16 +55,17 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, model: nn.Module, batches: Iterable[Batch], processor: Any) -> dict[str, float]:
-        """Measure a model over batches without gradients; holds ``measure`` and "loss"."""
+        """Measure a model over batches on its device; one of the measures is "loss"."""
 
     def split(self, examples: Any, share: float, seed: int) -> tuple[Any, Any]:
         """Set a share of the examples aside."""
-        order = list(range(len(examples)))
-        random.Random(seed).shuffle(order)
-        aside = set(order[: max(1, round(share * len(order)))])
-        parts = [i for i in order if i not in aside], sorted(aside)
-        first, second = ([examples[i] for i in part] for part in parts)
-        return first, second
+        count = len(examples)
+        aside = set(random.Random(seed).sample(range(count), max(1, round(share * count))))
+        return [examples[i] for i in range(count) if i not in aside], [examples[i] for i in sorted(aside)]
+
+    def settled(self, examples: Any) -> Task:
+        """The task with what only the training data tells, such as the names of classes."""
+        return self
 
     def rows(self, examples: Any) -> Any:
         """What the trainer iterates over: the examples, or rows packed of them."""
@@ -92,11 +90,6 @@ class TextTask(Task):
         return data.split(examples, share, seed)
 
 
-def _moved(batch: Batch, model: nn.Module) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-
-
 @final
 @dataclass(frozen=True)
 class CausalLM(TextTask):
@@ -110,20 +103,14 @@ class CausalLM(TextTask):
     max_length: int = 1024
     pack: bool = False
     name = "causal-lm"
-    measure = "bits_per_byte"
 
     def examples(self, path: str | Path, processor: Any) -> Any:
         found = data.load(path, processor, max_length=self.max_length)
         if found.schema == "label":
-            raise DataError(
-                f"{path} has the columns text + label; to learn the label pass --task "
-                "classification, to learn the text drop that column"
-            )
+            raise DataError(f"{path} has text and label; pass --task classification, or drop the column label.")
         return found
 
     def model(self, model: str, examples: Any, processor: Any, **options: Any) -> Any:
-        from transformers import AutoModelForCausalLM
-
         loaded = load_model(AutoModelForCausalLM, model, **options)
         data.check_model(processor, loaded, examples)
         if self.pack:
@@ -138,18 +125,16 @@ class CausalLM(TextTask):
 
     def score(self, model: nn.Module, batches: Iterable[Batch], processor: Any) -> dict[str, float]:
         nats, tokens, size = 0.0, 0, 0
-        with torch.no_grad():
-            for batch in batches:
-                inputs = _moved(batch, model)
-                labels = inputs.pop("labels")[:, 1:]
-                logits = model(**inputs).logits[:, :-1].float()
-                learned = labels != IGNORE
-                nats += float(nn.functional.cross_entropy(logits[learned], labels[learned], reduction="sum"))
-                tokens += int(learned.sum())
-                for row, mask in zip(labels, learned, strict=True):
-                    text = processor.decode(row[mask].tolist(), skip_special_tokens=True)
-                    size += len(text.encode())
-        return {"bits_per_byte": nats / math.log(2) / max(size, 1), "loss": nats / max(tokens, 1), "tokens": tokens}
+        for batch in batches:
+            labels = batch["labels"][:, 1:]
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            learned = labels != IGNORE
+            logits = model(**inputs).logits[:, :-1][learned].float()
+            nats += float(nn.functional.cross_entropy(logits, labels[learned], reduction="sum"))
+            tokens += int(learned.sum())
+            for row, mask in zip(labels, learned, strict=True):
+                size += len(processor.decode(row[mask].tolist(), skip_special_tokens=True).encode())
+        return {"bits_per_byte": nats / math.log(2) / max(size, 1), "loss": nats / max(tokens, 1)}
 
 
 @final
@@ -165,30 +150,23 @@ class SequenceClassification(TextTask):
     max_length: int = 1024
     labels: tuple[str | int, ...] | None = None
     name = "classification"
-    measure = "accuracy"
-    higher = True
 
     def examples(self, path: str | Path, processor: Any) -> Any:
-        options = {"max_length": self.max_length, "label_names": self.labels}
-        return data.load(path, processor, schema="label", **options)
+        return data.load(path, processor, max_length=self.max_length, schema="label", label_names=self.labels)
 
-    def learned(self, examples: Any) -> SequenceClassification:
-        """The same task with the classes of the training data."""
+    def settled(self, examples: Any) -> SequenceClassification:
         return replace(self, labels=tuple(examples.label_names))
 
     def model(self, model: str, examples: Any, processor: Any, **options: Any) -> Any:
-        from transformers import AutoModelForSequenceClassification
-
         names = [str(n) for n in (self.labels or examples.label_names)]
         if len(names) < 2:
-            raise DataError(f"a classifier tells two classes or more apart; found {names}")
+            raise DataError(f"A classifier tells two classes or more apart; found {names}.")
         maps = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the new head starts alike everywhere
             loaded = load_model(AutoModelForSequenceClassification, model, **maps, **options)
         data.check_model(processor, loaded, examples)
-        pads = processor.pad_token_id, processor.eos_token_id, 0
-        loaded.config.pad_token_id = next(p for p in pads if p is not None)  # as the collator does
+        loaded.config.pad_token_id = pad_id(processor)  # as the collator does
         return loaded
 
     def sites(self, sites: Sites, model: nn.Module) -> Sites:
@@ -202,15 +180,12 @@ class SequenceClassification(TextTask):
 
     def score(self, model: nn.Module, batches: Iterable[Batch], processor: Any) -> dict[str, float]:
         nats, right, count = 0.0, 0, 0
-        with torch.no_grad():
-            for batch in batches:
-                inputs = _moved(batch, model)
-                labels = inputs.pop("labels")
-                logits = model(**inputs).logits.float()
-                nats += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-                right += int((logits.argmax(-1) == labels).sum())
-                count += len(labels)
-        return {"accuracy": right / max(count, 1), "loss": nats / max(count, 1), "rows": count}
+        for batch in batches:
+            output = model(**batch)
+            count += len(batch["labels"])
+            nats += float(output.loss) * len(batch["labels"])
+            right += int((output.logits.argmax(-1) == batch["labels"]).sum())
+        return {"accuracy": right / count, "loss": nats / count}
 
 
 TASKS = {task.name: task for task in (CausalLM, SequenceClassification)}
