@@ -85,6 +85,9 @@ def whole_folder(final: Path, accelerator: Any) -> Iterator[Path]:
         final: the folder to make; an older one of this name is replaced.
         accelerator: tells the ranks apart, and waits for them.
 
+    Yields:
+        The temporary folder.
+
     Raises:
         SaveError: the disk is full or not writable; nothing half-written is left.
     """
@@ -146,7 +149,11 @@ class Journal(TrainerCallback):
         if state.is_world_process_zero and file.exists():
             lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if 0 < json.loads(line).get("step", 0) <= state.global_step]
-            io.atomically(file, lambda path: path.write_text("".join(kept)))
+
+            def write(path: Path) -> None:
+                path.write_text("".join(kept))
+
+            io.atomically(file, write)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Append a line."""

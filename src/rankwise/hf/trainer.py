@@ -7,8 +7,6 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -65,24 +63,6 @@ def _check_model(model: Any, trainer: type) -> list[Adapter]:
     return chosen
 
 
-@contextmanager
-def _admitted(model: Any, chosen: list[Adapter]) -> Iterator[None]:
-    """Pass the guard against quantised bases, and keep the factors as they are.
-
-    transformers 5.23 knows no adapter but PEFT's, and TRL 1.16 rounds what is trainable on a
-    quantised base to bfloat16.
-    """
-    before = {p: p.detach().clone() for adapter in chosen for p in adapter.parameters()}
-    try:
-        model._hf_peft_config_loaded = getattr(model, "is_quantized", False)
-        yield
-    finally:
-        model._hf_peft_config_loaded = False
-        for parameter, value in before.items():
-            if parameter.dtype != value.dtype:
-                parameter.data = value.to(parameter.device)
-
-
 # -- the trainer ------------------------------------------------------------------------------
 
 
@@ -125,8 +105,15 @@ class AdapterMixin(_Base):
         if beta:  # GRPO and RLOO load a second model otherwise, and take no ref_model
             args = copy.copy(args)
             args.beta = 0.0
-        with _admitted(model, self._chosen):
+        before = {p: p.detach().clone() for adapter in self._chosen for p in adapter.parameters()}
+        try:  # transformers 5.23 lets no adapter but PEFT's through its guard against quantised bases
+            model._hf_peft_config_loaded = getattr(model, "is_quantized", False)
             super().__init__(model=model, args=args, **kwargs)
+        finally:
+            model._hf_peft_config_loaded = False
+        for parameter, value in before.items():
+            if parameter.dtype != value.dtype:  # TRL 1.16 rounds to bfloat16 on a quantised base
+                parameter.data = value.to(parameter.device)
         if beta:
             shared = reference(self.accelerator.unwrap_model(self.model), kept)
             self.beta: float = beta

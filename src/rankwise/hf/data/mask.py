@@ -47,7 +47,8 @@ class Encoder:
 
     def __call__(self, row: Row, schema: str) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return ids (T,) and learned (T,) bool of the row's examples: one, but for unrolled dialogues."""
-        prompt, answer = row.fields.get("prompt"), row.fields["text" if schema == "label" else schema]
+        prompt: Any = row.fields.get("prompt")
+        answer = row.fields["text" if schema == "label" else schema]
         if schema == "label":
             ids = self._ids(answer, special=True)
             found = [(ids, [True] * len(ids))]
