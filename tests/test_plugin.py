@@ -52,7 +52,9 @@ def test_a_scaled_step_does_not_depend_on_the_gauge(extras):
         f = {"a": torch.nn.Parameter(right.clone()), "b": torch.nn.Parameter(left.clone())}
         ((f["b"] @ f["a"]) * g).sum().backward()
         extras.ScaledAdamW(damping=0.0)._precondition([_Holder(f)])
-        changes.append(f["b"].detach() @ f["a"].grad + f["b"].grad @ f["a"].detach())
+        grad_a, grad_b = f["a"].grad, f["b"].grad
+        assert grad_a is not None and grad_b is not None
+        changes.append(f["b"].detach() @ grad_a + grad_b @ f["a"].detach())
     torch.testing.assert_close(*changes)
 
 

@@ -106,8 +106,6 @@ class Digits(Task):
     test: int = 1000
     convolutions: bool = True
     name = "digits"
-    measure = "accuracy"
-    higher = True
 
     def processor(self, model: str) -> None:
         return None
@@ -137,15 +135,12 @@ class Digits(Task):
         return replace(sites, targets=where.targets, train=where.train)
 
     def score(self, model: nn.Module, batches: Iterable[Mapping[str, Any]], processor: Any) -> dict[str, float]:
-        device = next(model.parameters()).device
         loss, right, count = 0.0, 0, 0
-        with torch.no_grad():
-            for batch in batches:
-                labels = batch["labels"].to(device)
-                logits = model(batch["pixels"].to(device))["logits"]
-                loss += float(cross_entropy(logits, labels, reduction="sum"))
-                right += int((logits.argmax(-1) == labels).sum())
-                count += len(labels)
+        for batch in batches:
+            labels, found = batch["labels"], model(**batch)
+            loss += float(found["loss"]) * len(labels)
+            right += int((found["logits"].argmax(-1) == labels).sum())
+            count += len(labels)
         return {"accuracy": right / count, "loss": loss / count}
 
 
