@@ -4,6 +4,8 @@ Results go to stdout, progress to stderr. Exit codes: 0 done, 2 the user's input
 memory, 4 a verification failed, 130 interrupted.
 """
 
+import logging
+import os
 import re
 import sys
 import warnings
@@ -13,6 +15,7 @@ from typing import Any
 from rankwise.errors import RankwiseError
 
 COMMANDS = ("demo", "finetune", "evaluate", "generate", "data", "methods", "targets", "merge", "convert", "inspect")
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def app() -> Any:
@@ -42,6 +45,8 @@ def app() -> Any:
 
 def main() -> None:
     """Run the command line; every foreseen failure is one sentence on stderr and an exit code."""
+    os.environ.update(QUIET | dict(os.environ))
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.showwarning = _warned
     try:
         app()()

@@ -1,7 +1,6 @@
 """What the commands share: options, output, values from text."""
 
 import json
-import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,16 +34,6 @@ Base = Annotated[str | None, Option(help="Quantise the frozen weights: nf4 or in
 Length = Annotated[int | None, Option(help="Longest example in tokens. (default: the model's, at most 1024)")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is in --out.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
-
-
-def quiet() -> None:
-    """Keep libraries from drawing their own bars and notes on the terminal."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as theirs
-
-    theirs.disable_progress_bar()
-    theirs.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def console() -> Any:

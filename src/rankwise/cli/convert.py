@@ -21,7 +21,6 @@ def convert(
     """Translate an adapter to or from another tool's files, and check that outputs stay."""
     if {to, origin} != {None, "peft"}:
         raise DataError("convert takes one of --to peft and --from peft.")
-    common.quiet()
     import rankwise as rw
     from rankwise.cli import verify
     from rankwise.formats import peft

@@ -16,7 +16,6 @@ def data(
     as_json: common.Json = False,
 ) -> None:
     """Show what of a data file is learned, and what is cut, repeated or skipped."""
-    common.quiet()
     from rankwise.hf import data
     from rankwise.hf.models import tokenizer_of
 

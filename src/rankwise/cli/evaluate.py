@@ -19,7 +19,6 @@ def evaluate(
     as_json: common.Json = False,
 ) -> None:
     """Measure a model on data, with and without an adapter; its run says the task and the base."""
-    common.quiet()
     import rankwise as rw
     from rankwise.hf.finetune import scored, task_of
 

@@ -48,7 +48,6 @@ def finetune(
 
     NAME=VALUE also sets accumulate, checkpointing, pack, schedule, saves and dtype.
     """
-    common.quiet()
     from rankwise.cli import progress
     from rankwise.hf import finetune
 

@@ -21,7 +21,6 @@ def generate(
     as_json: common.Json = False,
 ) -> None:
     """Let a model go on from a prompt."""
-    common.quiet()
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -16,7 +16,6 @@ def merge(
     as_json: common.Json = False,
 ) -> None:
     """Write an adapter into the weights: an ordinary model, checked against the adapted one."""
-    common.quiet()
     import rankwise as rw
     from rankwise.cli import verify
     from rankwise.hf.finetune import task_of

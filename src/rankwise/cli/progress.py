@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,13 @@ class Display(Listener):
 def plan(prepared: Prepared) -> tuple[dict[str, Any], str]:
     """What will be trained, as plain values and in words."""
     adapter, report, held = prepared.adapter, prepared.report, prepared.validation
-    found = {
-        "method": adapter.recipe.name,
-        "sites": len(adapter),
-        "parameters": sum(p.numel() for p in adapter.parameters()),
-        "bytes": sum(p.numel() * p.element_size() for _, p in adapter.named_parameters()),
-        "training_bytes": sum(4 * p.numel() * p.element_size() for p in adapter.parameters()),  # gradient, two moments
-        "lr": prepared.lr,
-        "examples": len(prepared.train),
-        "validation": 0 if held is None else len(held),
-        "patterns": [vars(row) for row in report.rows],
-    }
+    stored = sum(p.numel() * p.element_size() for _, p in adapter.named_parameters())
+    trained = sum(p.numel() * p.element_size() for p in adapter.parameters())
+    found = {"method": adapter.recipe.name, "lr": prepared.lr, **asdict(report), "bytes": stored}
+    found |= {"examples": len(prepared.train), "validation": 0 if held is None else len(held)}
     return found, (
-        f"{report}\n{found['method']}: {common.size(found['bytes'])} on disk, {common.size(found['training_bytes'])} "
-        f"with gradients and optimizer; learning rate {prepared.lr:g}\n"
+        f"{report}\n{found['method']}: {common.size(stored)} on disk, {common.size(4 * trained)} with gradients and "
+        f"optimizer; learning rate {prepared.lr:g}\n"
         f"{found['examples']:,} examples to learn from, {found['validation']:,} set aside"
     )
 

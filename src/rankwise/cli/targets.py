@@ -15,7 +15,6 @@ def targets(
     as_json: common.Json = False,
 ) -> None:
     """Show what patterns match on a model, without loading its weights."""
-    common.quiet()
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -27,7 +27,7 @@ from rankwise.hf.method import compose
 from rankwise.hf.models import config_of
 from rankwise.hf.plots import loss_curve
 from rankwise.hf.run import Result, Run
-from rankwise.hf.tasks import TASKS, CausalLM, SequenceClassification, Task
+from rankwise.hf.tasks import TASKS, CausalLM, SequenceClassification, Task, TextTask
 from rankwise.hf.trainer import Trainer
 from rankwise.targets import TargetReport
 from rankwise.version import __version__
@@ -230,7 +230,7 @@ def _trainer(prepared: Prepared, out: Path, listener: Listener) -> Trainer:
         eval_strategy="no" if held is None else "steps",
         eval_steps=every,
         seed=run.seed,
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="non_padding" if isinstance(task, TextTask) else "no",
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         report_to="none",

@@ -112,11 +112,9 @@ class Run:
             UnknownName: a key that a run does not have.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise DataError(f"A run is a YAML file; {path} cannot be read ({error}).") from error
-        if not isinstance(values, dict):
-            raise DataError(f"A run is a YAML file of names and values; {path} is not.")
+            values = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise DataError(f"A run is a YAML file of names and values; {path} is not ({error}).") from error
         return cls.of({**values, **(changes or {})})
 
     def write(self, path: Path, note: str = "") -> None:
