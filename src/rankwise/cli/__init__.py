@@ -14,7 +14,7 @@ from typing import Any
 
 from rankwise.errors import RankwiseError
 
-COMMANDS = ("demo", "finetune", "evaluate", "generate", "data", "methods", "targets", "merge", "convert", "inspect")
+COMMANDS = ("finetune", "evaluate", "generate", "data", "methods", "targets", "merge", "convert", "inspect")
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 

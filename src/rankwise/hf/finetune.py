@@ -184,7 +184,8 @@ def _train(prepared: Prepared, out: Path, listener: Listener, resume: bool) -> R
     def measured(when: str) -> dict[str, Any]:
         listener.doing(f"measuring {when} training")
         told = {when: prepared.validation, f"own_{when}": prepared.own}
-        return {key: scored(task, model, e, prepared.processor) for key, e in told.items() if e is not None}
+        batch = prepared.run.batch
+        return {key: scored(task, model, e, prepared.processor, batch) for key, e in told.items() if e is not None}
 
     with disabled(model):
         scores = measured("before")
@@ -221,6 +222,7 @@ def _trainer(prepared: Prepared, out: Path, listener: Listener) -> Trainer:
         str(out),
         max_steps=steps,
         per_device_train_batch_size=run.batch,
+        per_device_eval_batch_size=run.batch,
         gradient_accumulation_steps=run.accumulate,
         gradient_checkpointing=run.checkpointing,
         lr_scheduler_type=run.schedule,
