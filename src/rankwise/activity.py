@@ -100,11 +100,10 @@ class Record:
         found = self.without_graph if reentrant else {t.choice for t in self.tokens}
         if len(found) > 1:
             raise ActivityError(
-                f"Activation checkpointing runs a layer again inside backward(), with the adapters "
-                f"of its first run; here these may have been {sorted(map(str, found))}. Pass "
-                f"use_reentrant=False to checkpoint; call backward() before the next forward with "
-                f"other adapters, and drop the other loss first (del loss); and where there is no "
-                f"backward, open torch.no_grad() outside of disabled() or set_active()."
+                f"Activation checkpointing runs a layer again inside backward(), with the adapters of its first run; "
+                f"here these may have been {sorted(map(str, found))}. Pass use_reentrant=False to checkpoint; call "
+                f"backward() before the next forward with other adapters, and drop the other loss first (del loss); "
+                f"and where there is no backward, open torch.no_grad() outside of disabled() or set_active()."
             )
         choice = next(iter(found), activity.choice)
         if reentrant:

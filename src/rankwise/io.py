@@ -112,9 +112,8 @@ def check_base(model: nn.Module, placements: Iterable[Placement], base: Mapping[
             )
         if not any_base and here[1] == dtype and digest and here[2] != digest:
             raise BaseMismatch(
-                f"The adapter was trained on a base of the same shape but other weights (first "
-                f"difference at {name}). Load it on the model that it was made for, or pass "
-                f"any_base=True if another base is meant."
+                f"The adapter was trained on a base of the same shape but other weights (first difference at {name}). "
+                f"Load it on the model that it was made for, or pass any_base=True if another base is meant."
             )
 
 
@@ -232,8 +231,7 @@ def read(path: str | Path, known: Iterable[type] = ()) -> Saved:
             if header.get("rankwise_format") != FORMAT:
                 raise FileFormatError(
                     f"A rankwise adapter says format {FORMAT} in its header; {file} says "
-                    f"{header.get('rankwise_format', 'nothing')}. It was written by another tool "
-                    f"or a newer version."
+                    f"{header.get('rankwise_format', 'nothing')}. It was written by another tool or a newer version."
                 )
             # cloned: BLAS rounds differently at an unaligned address, where the file has them
             flat = {name: archive.get_tensor(name).clone() for name in archive.keys()}  # noqa: SIM118

@@ -129,9 +129,8 @@ def decode(data: Any, known: Mapping[str, type]) -> Any:
         return {decode(k, known): decode(v, known) for k, v in data["items"]}
     if name not in known:
         raise FileFormatError(
-            f'A recipe names only known axes; found "{name}". If it comes from a package, install '
-            f"that package (entry points rankwise.structures, .inits, .solvers, .ranks), or pass "
-            f"known=[TheClass]."
+            f'A recipe names only known axes; found "{name}". If it comes from a package, install that package (entry '
+            f"points rankwise.structures, .inits, .solvers, .ranks), or pass known=[TheClass]."
         )
     make: Callable[..., Any] = known[name]
     values = {k: decode(v, known) for k, v in data.items() if k != "type"}

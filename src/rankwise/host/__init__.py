@@ -6,7 +6,7 @@ from rankwise.host.conv import ConvHost
 from rankwise.host.embedding import EmbeddingHost
 from rankwise.host.linear import Conv1DHost, LinearHost
 from rankwise.host.parameter import ParameterHost, TransposedHost
-from rankwise.host.site import Adapted, Host, LayerHost, Site, Stored
+from rankwise.host.site import Adapted, Host, LayerHost, Site, Stored, Through
 
 LAYER = "layer"  # the slot of a layer's weight; that of a bare parameter is its name
 KINDS: tuple[type[LayerHost], ...] = (LinearHost, Conv1DHost, ConvHost, EmbeddingHost)
@@ -36,6 +36,7 @@ __all__ = [
     "ParameterHost",
     "Site",
     "Stored",
+    "Through",
     "TransposedHost",
     "host_of",
     "kind_of",

@@ -162,21 +162,38 @@ class LayerHost(Stored, Host):
         """What the layer does after its weight: bias, the padding row."""
 
 
+class Through(Host):
+    """A host on top of another, which acts the same way."""
+
+    def __init__(self, host: Host, dropout: float = 0.0) -> None:
+        super().__init__(host.module, dropout)
+        self.host = host
+
+    @final
+    def mv(self, op: LinearOperator, x: Tensor) -> Tensor:
+        return self.host.mv(op, x)
+
+    @final
+    def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return self.host.scale_rows(scale, run, x)
+
+    @final
+    def overwrite(self, y: Tensor, x: Tensor, index: tuple[int, ...], rows: Tensor) -> Tensor:
+        return self.host.overwrite(y, x, index, rows)
+
+
 @final
-class Adapted(Host):
+class Adapted(Through):
     """A host with an adapter on it, so that the next adapter composes with it."""
 
     kind = "adapted"
 
     def __init__(self, structure: Structure, factors: Factors, host: Host, dropout: float = 0.0) -> None:
-        super().__init__(host.module, dropout)
-        self.structure, self.factors, self.host = structure, factors, host
+        super().__init__(host, dropout)
+        self.structure, self.factors = structure, factors
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.structure.apply(self.factors, x, self.host)
-
-    def mv(self, op: LinearOperator, x: Tensor) -> Tensor:
-        return self.host.mv(op, x)
 
     def weight(self) -> Tensor:
         return self.structure.weight(self.factors, self.host.weight())
@@ -188,9 +205,3 @@ class Adapted(Host):
         if layer.kind == "linear":
             return self(op.mv(flat_tokens(x)).reshape(x.shape))
         return self.host.mv(Dense(op.T.mv(self.weight())), x)
-
-    def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return self.host.scale_rows(scale, run, x)
-
-    def overwrite(self, y: Tensor, x: Tensor, index: tuple[int, ...], rows: Tensor) -> Tensor:
-        return self.host.overwrite(y, x, index, rows)

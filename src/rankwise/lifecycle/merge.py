@@ -151,10 +151,9 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, max_los
     lossy = [s for s in report.sites if s.kept < 1 - max_loss]
     if lossy:
         warnings.warn(
-            f"Merging loses more than {max_loss:.0%} of the update at {len(lossy)} of "
-            f"{len(jobs)} sites (worst {report.worst.site}: {report.worst.kept:.1%} kept), because "
-            f"the stored format is too coarse for it. Merge into a float32 copy of the base, or "
-            f"serve the adapter unmerged.",
+            f"Merging loses more than {max_loss:.0%} of the update at {len(lossy)} of {len(jobs)} sites (worst "
+            f"{report.worst.site}: {report.worst.kept:.1%} kept), because the stored format is too coarse for it. "
+            f"Merge into a float32 copy of the base, or serve the adapter unmerged.",
             stacklevel=2,
         )
     for job in jobs:

@@ -20,10 +20,7 @@ class Dense(LinearOperator):
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.shape[-2], self.matrix.shape[-1]
+        self.shape = matrix.shape[-2], matrix.shape[-1]
 
     def mv(self, x: Tensor) -> Tensor:
         return x @ self.matrix.to(x.dtype).mT
@@ -45,10 +42,7 @@ class Diagonal(LinearOperator):
 
     def __init__(self, entries: Tensor) -> None:
         self.entries = entries
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.entries.shape[-1], self.entries.shape[-1]
+        self.shape = entries.shape[-1], entries.shape[-1]
 
     def mv(self, x: Tensor) -> Tensor:
         return x * self.entries.to(x.dtype).unsqueeze(-2)
@@ -70,10 +64,7 @@ class Product(LinearOperator):
 
     def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
         self.left, self.right = left, right
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.left.shape[0], self.right.shape[1]
+        self.shape = left.shape[0], right.shape[1]
 
     def mv(self, x: Tensor) -> Tensor:
         return self.left.mv(self.right.mv(x))
@@ -101,10 +92,7 @@ class Scaled(LinearOperator):
 
     def __init__(self, op: LinearOperator, scale: float) -> None:
         self.op, self.scale = op, scale
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.op.shape
+        self.shape = op.shape
 
     def mv(self, x: Tensor) -> Tensor:
         return self.op.mv(x) * self.scale
@@ -127,10 +115,7 @@ class Sum(LinearOperator):
 
     def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
         self.first, self.second = first, second
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.first.shape
+        self.shape = first.shape
 
     def mv(self, x: Tensor) -> Tensor:
         return self.first.mv(x) + self.second.mv(x)
@@ -155,11 +140,8 @@ class Kronecker(LinearOperator):
 
     def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
         self.left, self.right = left, right
-
-    @property
-    def shape(self) -> tuple[int, int]:
         (m1, n1), (m2, n2) = self.left.shape, self.right.shape
-        return m1 * m2, n1 * n2
+        self.shape = m1 * m2, n1 * n2
 
     def mv(self, x: Tensor) -> Tensor:
         (m1, n1), (m2, n2) = self.left.shape, self.right.shape
@@ -188,10 +170,7 @@ class Hadamard(LinearOperator):
 
     def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
         self.first, self.second = first, second
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.first.shape
+        self.shape = first.shape
 
     def mv(self, x: Tensor) -> Tensor:
         return x @ self.dense().to(x.dtype).mT
@@ -218,11 +197,8 @@ class BlockDiagonal(LinearOperator):
 
     def __init__(self, blocks: Tensor) -> None:
         self.blocks = blocks
-
-    @property
-    def shape(self) -> tuple[int, int]:
         size = self.blocks.shape[-3] * self.blocks.shape[-1]
-        return size, size
+        self.shape = size, size
 
     def mv(self, x: Tensor) -> Tensor:
         k, b = self.blocks.shape[-3], self.blocks.shape[-1]

@@ -27,10 +27,7 @@ class LinearOperator(ABC):
     ``T.dense() == dense().mT``, and ``left @ right == dense()`` where ``lower()`` is not None.
     """
 
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """(M, N), without the batch."""
+    shape: tuple[int, int]  # (M, N), without the batch
 
     @abstractmethod
     def mv(self, x: Tensor) -> Tensor:

@@ -104,9 +104,9 @@ class Structure(ABC):
     def weight(self, f: Factors, w: Tensor) -> Tensor:
         """The same map, dense: (*batch, out, in)."""
 
-    @abstractmethod
     def delta(self, f: Factors) -> LinearOperator | None:
-        """The update as an operator where it is added to W whatever W is, else None."""
+        """The update as an operator where it is added to W whatever W is (:class:`Added`), else None."""
+        return None
 
 
 class Leaf(Structure):
@@ -117,7 +117,23 @@ class Leaf(Structure):
         return dict(leaf(self, site, weight))
 
 
-class Additive(Leaf):
+class Added(Structure):
+    """``W + delta``: the one coupling that says its update apart from W."""
+
+    @abstractmethod
+    def delta(self, f: Factors) -> LinearOperator:
+        """The update, (out, in)."""
+
+    @final
+    def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
+        return host(x) + host.mv(self.delta(f), host.drop(x))
+
+    @final
+    def weight(self, f: Factors, w: Tensor) -> Tensor:
+        return w + self.delta(f).dense()
+
+
+class Additive(Added, Leaf):
     """``W + scale * operator``."""
 
     @property
@@ -133,14 +149,6 @@ class Additive(Leaf):
     def delta(self, f: Factors) -> LinearOperator:
         return Scaled(self.operator(f), self.scale)
 
-    @final
-    def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
-        return host(x) + host.mv(self.delta(f), host.drop(x))
-
-    @final
-    def weight(self, f: Factors, w: Tensor) -> Tensor:
-        return w + self.delta(f).dense()
-
 
 class Rotation(Leaf):
     """``W R``: a rotation of the input space, exactly identity at R = I."""
@@ -148,10 +156,6 @@ class Rotation(Leaf):
     @abstractmethod
     def operator(self, f: Factors) -> LinearOperator:
         """R, (in, in)."""
-
-    @final
-    def delta(self, f: Factors) -> None:
-        return None
 
     @final
     def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
@@ -168,10 +172,6 @@ class Gate(Leaf):
     @abstractmethod
     def operator(self, f: Factors) -> LinearOperator:
         """The gate minus one, (out, in)."""
-
-    @final
-    def delta(self, f: Factors) -> None:
-        return None
 
     @final
     def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
@@ -192,8 +192,7 @@ def check_rank(rank: int, site: Site, most: int) -> int:
     whole = isinstance(rank, Integral) and not isinstance(rank, bool)
     if not whole or not 1 <= rank <= most:
         raise RankError(
-            f"A rank is a whole number between 1 and the smaller side of the layer, here {most}; "
-            f"found rank={rank!r} at {site.name} ({site.rows} x {site.cols}). Choose another rank, "
-            f"or override it there: Sites(overrides={{'{site.name}': {{'rank': ...}}}})."
+            f"A rank is a whole number between 1 and the smaller side of the layer, here {most}; found {rank!r} at "
+            f"{site.name} ({site.rows} x {site.cols}). Choose another, or override it there: Sites(overrides=...)."
         )
     return rank

@@ -37,9 +37,6 @@ class Replace(Structure):
     def weight(self, f: Factors, w: Tensor) -> Tensor:
         return f["value"]
 
-    def delta(self, f: Factors) -> None:
-        return None
-
 
 @final
 @dataclass(frozen=True)
@@ -78,6 +75,3 @@ class TokenRows(Structure):
         where = torch.tensor(self.index, device=w.device)
         w = w.to(torch.promote_types(w.dtype, rows.dtype)).expand(*rows.shape[:-2], *w.shape[-2:])
         return w.index_copy(-1, where, rows.to(w.dtype))
-
-    def delta(self, f: Factors) -> None:
-        return None

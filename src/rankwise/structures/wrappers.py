@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor
 
 from rankwise.errors import IncompatibleAxes, TargetError
-from rankwise.host import Adapted, Host, Site
+from rankwise.host import Adapted, Host, Site, Through
 from rankwise.ops import LinearOperator, Scaled, Sum
-from rankwise.structures.structure import Factor, Factors, LeafStart, Structure
+from rankwise.structures.structure import Added, Factor, Factors, LeafStart, Structure
+
+T = TypeVar("T")
 
 
 def keep(value: object, **derived: object) -> None:
@@ -24,6 +26,11 @@ def keep(value: object, **derived: object) -> None:
 def under(prefix: str, f: Factors) -> dict[str, Tensor]:
     """The factors whose names begin with ``prefix_``, without it."""
     return {k.removeprefix(f"{prefix}_"): v for k, v in f.items() if k.startswith(f"{prefix}_")}
+
+
+def named(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
+    """The inverse of :func:`under`: the names with ``prefix_`` before them."""
+    return {f"{prefix}_{name}": value for name, value in values.items()}
 
 
 def row_norm(w: Tensor) -> Tensor:
@@ -74,13 +81,10 @@ class Magnitude(Structure):
         direction = self.inner.weight(f, w)
         return self._scale(f, direction).unsqueeze(-1) * direction
 
-    def delta(self, f: Factors) -> None:
-        return None
-
 
 @final
 @dataclass(frozen=True)
-class Anchored(Structure):
+class Anchored(Added):
     """``W + op(f) - op(f_0)``: a start other than zero that leaves the base as it is.
 
     Exactly equal to editing the base (PiSSA; Meng et al. 2024, arXiv 2404.02948), with the base
@@ -95,31 +99,23 @@ class Anchored(Structure):
     def __post_init__(self) -> None:
         if "additive" not in self.inner.traits:
             raise IncompatibleAxes(
-                f"An anchor subtracts the update's start, so the update must be additive; found "
-                f"Anchored({self.inner!r}). Anchor the additive structure inside instead: "
-                f"Magnitude(Anchored(LoRA(...)))."
+                f"An anchor subtracts the update's start, so the update must be additive; found Anchored("
+                f"{self.inner!r}). Anchor the additive structure inside instead: Magnitude(Anchored(LoRA(...)))."
             )
         keep(self, traits=self.inner.traits | {"anchored", "identity_to_rounding"})
 
     def factors(self, site: Site) -> dict[str, Factor]:
         inner = self.inner.factors(site)
-        kept = {f"anchor_{k}": Factor(v.dims, v.start, trainable=False) for k, v in inner.items()}
-        return {**inner, **kept}
+        return {**inner, **named("anchor", {k: replace(v, trainable=False) for k, v in inner.items()})}
 
     def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
         f = self.inner.start(site, weight, leaf)
-        return {**f, **{f"anchor_{name}": value.clone() for name, value in f.items()}}
+        return {**f, **named("anchor", {name: value.clone() for name, value in f.items()})}
 
     def delta(self, f: Factors) -> LinearOperator:
         now, then = self.inner.delta(f), self.inner.delta(under("anchor", f))
         assert now is not None and then is not None
         return Sum(now, Scaled(then, -1.0))
-
-    def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
-        return host(x) + host.mv(self.delta(f), host.drop(x))
-
-    def weight(self, f: Factors, w: Tensor) -> Tensor:
-        return w + self.delta(f).dense()
 
 
 @final
@@ -150,23 +146,18 @@ class Rows(Structure):
         last = max(b for _, _, b in self.parts)
         if last > site.rows:
             raise TargetError(f"Parts lie within the {site.rows} rows of {site.name}; found a part up to {last}.")
-        fields = {k: getattr(site, k) for k in site.__dataclass_fields__}
-        return {part: Site(**{**fields, "name": f"{site.name}[{part}]", "rows": b - a}) for part, a, b in self.parts}
+        return {part: replace(site, name=f"{site.name}[{part}]", rows=b - a) for part, a, b in self.parts}
 
     def factors(self, site: Site) -> dict[str, Factor]:
-        return {
-            f"{part}_{name}": factor
-            for part, sub in self._sites(site).items()
-            for name, factor in self.inner.factors(sub).items()
-        }
+        parts = self._sites(site).items()
+        return {k: v for part, sub in parts for k, v in named(part, self.inner.factors(sub)).items()}
 
     def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
         spans = {part: (a, b) for part, a, b in self.parts}
         found: dict[str, Tensor] = {}
         for part, sub in self._sites(site).items():
             a, b = spans[part]
-            f = self.inner.start(sub, lambda a=a, b=b: weight()[..., a:b, :], leaf)
-            found |= {f"{part}_{name}": value for name, value in f.items()}
+            found |= named(part, self.inner.start(sub, lambda a=a, b=b: weight()[..., a:b, :], leaf))
         return found
 
     def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
@@ -185,38 +176,26 @@ class Rows(Structure):
         lead = max((c.shape[:-2] for c in cuts), key=len)
         return torch.cat([c.expand(*lead, *c.shape[-2:]) for c in cuts], dim=-2)
 
-    def delta(self, f: Factors) -> None:
-        return None
-
 
 @final
-class RowsHost(Host):
+class RowsHost(Through):
     """Rows a..b of a linear host. The host's output at x is known already, and is reused."""
 
     kind = "rows"
 
     def __init__(self, host: Host, a: int, b: int, x: Tensor, y: Tensor) -> None:
-        super().__init__(host.module, host.dropout)
-        self.host, self.a, self.b, self.x, self.y = host, a, b, x, y
+        super().__init__(host, host.dropout)
+        self.a, self.b, self.x, self.y = a, b, x, y
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.y if x is self.x else self.host(x)
         return y[..., self.a : self.b]
-
-    def mv(self, op: LinearOperator, x: Tensor) -> Tensor:
-        return self.host.mv(op, x)
 
     def weight(self) -> Tensor:
         return self.host.weight()[..., self.a : self.b, :]
 
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         return self.host.rotate(op, x)[..., self.a : self.b]
-
-    def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return self.host.scale_rows(scale, run, x)
-
-    def overwrite(self, y: Tensor, x: Tensor, index: tuple[int, ...], rows: Tensor) -> Tensor:
-        raise AssertionError("parts of a projection have no vocabulary")
 
 
 @final
@@ -238,13 +217,12 @@ class Stack(Structure):
         keep(self, traits=(common | either) - {"additive"})
 
     def factors(self, site: Site) -> dict[str, Factor]:
-        first, second = self.first.factors(site), self.second.factors(site)
-        return {f"first_{k}": v for k, v in first.items()} | {f"second_{k}": v for k, v in second.items()}
+        return named("first", self.first.factors(site)) | named("second", self.second.factors(site))
 
     def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
         first = self.first.start(site, weight, leaf)
         second = self.second.start(site, lambda: self.first.weight(first, weight()), leaf)
-        return {f"first_{k}": v for k, v in first.items()} | {f"second_{k}": v for k, v in second.items()}
+        return named("first", first) | named("second", second)
 
     def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
         below = Adapted(self.first, under("first", f), host, host.dropout)
@@ -252,6 +230,3 @@ class Stack(Structure):
 
     def weight(self, f: Factors, w: Tensor) -> Tensor:
         return self.second.weight(under("second", f), self.first.weight(under("first", f), w))
-
-    def delta(self, f: Factors) -> None:
-        return None
