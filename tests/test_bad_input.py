@@ -30,9 +30,7 @@ from rankwise.structures import HiRA, LoRA, Magnitude, Rows
 from tiny_models import frozen_look, llama, plain, same_look, shake, tokens
 
 
-def fails(
-    error: type[Exception], words: str, model: Any, recipe: rw.Recipe, name: str = "default"
-) -> str:
+def fails(error: type[Exception], words: str, model: Any, recipe: rw.Recipe, name: str = "default") -> str:
     """Attaching raises this error with these words; nothing has changed. Returns the message."""
     look = frozen_look(model) if isinstance(model, nn.Module) else None
     with pytest.raises(error) as caught:
@@ -69,14 +67,8 @@ def test_a_block_that_is_none(block: Any) -> None:
 
 
 AXES: dict[str, tuple[Callable[[], Any], str]] = {
-    "an init for another structure": (
-        lambda: rw.Recipe(LoRA(4), init=Principal()),
-        "trait 'anchored'|Anchored(...)",
-    ),
-    "a solver of two sides": (
-        lambda: rw.recipe("oft", solver=rw.recipe("lora_plus").solver),
-        "two_sided|LoRA",
-    ),
+    "an init for another structure": (lambda: rw.Recipe(LoRA(4), init=Principal()), "trait 'anchored'|Anchored(...)"),
+    "a solver of two sides": (lambda: rw.recipe("oft", solver=rw.recipe("lora_plus").solver), "two_sided|LoRA"),
     "dropout without a branch": (lambda: rw.recipe("oft", dropout=0.1), "dropout=0.0"),
     "dropout of one": (lambda: lora(dropout=1.0), "[0, 1)|1.0"),
     "an unknown base": (lambda: lora(base="q2"), "nf4|q2"),
@@ -128,12 +120,8 @@ def test_patterns_that_match_nothing_name_their_neighbours() -> None:
 
 def test_overrides_that_do_not_fit() -> None:
     model = llama()
-    fails(
-        IncompatibleAxes, "rnk|rank", model, lora(sites=rw.Sites(overrides={"q_proj": {"rnk": 1}}))
-    )
-    fails(
-        RankError, "rank=99|q_proj", model, lora(sites=rw.Sites(overrides={"q_proj": {"rank": 99}}))
-    )
+    fails(IncompatibleAxes, "rnk|rank", model, lora(sites=rw.Sites(overrides={"q_proj": {"rnk": 1}})))
+    fails(RankError, "rank=99|q_proj", model, lora(sites=rw.Sites(overrides={"q_proj": {"rank": 99}})))
 
 
 def test_tokens_that_are_not_there() -> None:
@@ -154,12 +142,7 @@ def test_integer_weights_cannot_be_trained_whole() -> None:
 
 
 def test_a_rank_for_a_rows_structure() -> None:
-    fails(
-        TargetError,
-        "24 rows|30",
-        plain(),
-        rw.Recipe(Rows(LoRA(2), (("q", 0, 30),)), sites=rw.Sites("0")),
-    )
+    fails(TargetError, "24 rows|30", plain(), rw.Recipe(Rows(LoRA(2), (("q", 0, 30),)), sites=rw.Sites("0")))
 
 
 # -- the model's state --------------------------------------------------------------------
@@ -168,9 +151,7 @@ def test_a_rank_for_a_rows_structure() -> None:
 def test_twice_under_one_name() -> None:
     model = plain()
     rw.attach(model, lora())
-    fails(
-        AttachError, '"default" is attached already|another name', model, rw.recipe("dora", rank=2)
-    )
+    fails(AttachError, '"default" is attached already|another name', model, rw.recipe("dora", rank=2))
     rw.attach(model, lora(), "second")
     assert list(rw.adapters(model)) == ["default", "second"]
 
@@ -271,12 +252,7 @@ class _Breaks(Init):
 
 
 def test_statistics_that_were_not_collected() -> None:
-    fails(
-        AttachError,
-        "_Breaks reads statistics (inputs)|stats=",
-        plain(),
-        lora(init=_Breaks(("inputs",))),
-    )
+    fails(AttachError, "_Breaks reads statistics (inputs)|stats=", plain(), lora(init=_Breaks(("inputs",))))
 
 
 def test_an_init_that_fails_half_way() -> None:
@@ -390,9 +366,7 @@ def test_the_base_saves_itself_without_adapter_keys(tie: bool, tmp_path: Path) -
     adapter = rw.attach(model, lora(sites=sites))
     shake(adapter)
     model.save_pretrained(tmp_path)
-    found: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
+    found: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     again, info = found
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():

@@ -27,13 +27,12 @@ LEVELS = [
     {"weights"},
     {"host"},
     {"structures"},
-    {"activity", "sites", "adapter", "graft", "targets", "model_state", "stats"},
+    {"activity", "sites", "adapter", "graft", "placement", "model_state", "stats"},
     {"inits", "solvers", "ranks"},
-    {"_recipe", "recipes", "registry", "catalogue", "io", "attach"},
+    {"_recipe", "recipes", "registry", "methods", "io", "attachment"},
     {"lifecycle", "serve", "lab", "formats", "embedded"},
     {"hf", "select", "testing"},
     {"__init__"},
-
     {"cli"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}

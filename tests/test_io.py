@@ -46,9 +46,7 @@ def header(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_outputs_are_bit_equal_after_load(
-    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_outputs_are_bit_equal_after_load(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = llama()
     adapter = rw.attach(model, rw.recipe(method, **METHODS[method]))
     shake(adapter)
@@ -127,9 +125,7 @@ def test_going_on_where_training_stopped(tmp_path: Path) -> None:
     assert [g["name"] for g in again.param_groups] == ["in side", "out side"]
     again.load_state_dict(state)
     step(resumed, again)
-    for (name, one), (_, two) in zip(
-        adapter.named_parameters(), resumed.named_parameters(), strict=True
-    ):
+    for (name, one), (_, two) in zip(adapter.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(one, two), name
     trained = {n for n, p in resumed.model.named_parameters() if p.requires_grad}
     assert trained and all(".adapters." in n for n in trained)
@@ -312,15 +308,9 @@ def refused(path: Path, what: str, error: type[Exception] = FileFormatError) -> 
 def rewrite(path: Path, edit: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
     """Change tensors and header of a saved adapter; recipe, placements and base come decoded."""
     tensors, meta = load_file(path / FILE), header(path)
-    open_: dict[str, Any] = {
-        k: json.loads(v) if k in ("recipe", "placements", "base") else v for k, v in meta.items()
-    }
+    open_: dict[str, Any] = {k: json.loads(v) if k in ("recipe", "placements", "base") else v for k, v in meta.items()}
     edit(tensors, open_)
-    save_file(
-        tensors,
-        path / FILE,
-        {k: v if isinstance(v, str) else json.dumps(v) for k, v in open_.items()},
-    )
+    save_file(tensors, path / FILE, {k: v if isinstance(v, str) else json.dumps(v) for k, v in open_.items()})
 
 
 def test_missing_and_foreign_files(tmp_path: Path) -> None:
@@ -421,9 +411,7 @@ HOSTILE: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], None]] = {
     "an unknown fact": _site(evil=1),
     "no carriers": lambda t, h: h["placements"][0].__setitem__(2, []),
     "carriers as text": lambda t, h: h["placements"][0].__setitem__(2, "0"),
-    "a slot that is a method": lambda t, h: h["placements"][0].__setitem__(
-        2, [["0", "forward", False]]
-    ),
+    "a slot that is a method": lambda t, h: h["placements"][0].__setitem__(2, [["0", "forward", False]]),
     "two adapters at one place": lambda t, h: h["placements"].append(h["placements"][0]),
     "a recipe that is a list": _put("recipe", []),
     "a recipe that is a number": _put("recipe", 3),

@@ -231,9 +231,7 @@ def test_a_transformers_model_loaded_with_quantization(bits_: int, tmp_path: Pat
             if bits_ == 4
             else transformers.BitsAndBytesConfig(load_in_8bit=True)
         )
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "base", quantization_config=config
-        )
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
 
     model = base()
     adapter = rw.attach(model, rw.recipe("dora", rank=4))

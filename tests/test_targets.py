@@ -51,10 +51,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "suffixes": ({"targets": ["q_proj", "mlp.up_proj"]}, both({"self_attn.q_proj", "mlp.up_proj"})),
     "a suffix ends at a dot": ({"targets": ["proj", "q_proj"]}, set()),
     "glob": ({"targets": "*.1.mlp.*"}, both(MLP, (1,))),
-    "regex": (
-        {"targets": re.compile(r".*\.0\..*[qk]_proj")},
-        both({"self_attn.q_proj", "self_attn.k_proj"}, (0,)),
-    ),
+    "regex": ({"targets": re.compile(r".*\.0\..*[qk]_proj")}, both({"self_attn.q_proj", "self_attn.k_proj"}, (0,))),
     "regex with flags": ({"targets": re.compile(r".*Q_PROJ", re.I)}, both({"self_attn.q_proj"})),
     "class": ({"targets": nn.Linear}, both(ATTENTION | MLP) | {"lm_head"}),
     "role attention": ({"targets": "attention"}, both(ATTENTION)),
@@ -67,10 +64,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"targets": ["all-linear", "lm_head"], "layers": [0]},
         both(ATTENTION | MLP, (0,)),
     ),
-    "optional": (
-        {"targets": ["q_proj", rw.Target("c_attn", optional=True)]},
-        both({"self_attn.q_proj"}),
-    ),
+    "optional": ({"targets": ["q_proj", rw.Target("c_attn", optional=True)]}, both({"self_attn.q_proj"})),
     "whole names": ({"targets": f"{L}.0.mlp.up_proj"}, {f"{L}.0.mlp.up_proj"}),
 }
 
@@ -117,11 +111,7 @@ def test_train_by_class_and_by_parameter() -> None:
 
 def test_overrides() -> None:
     sites = rw.Sites(
-        overrides={
-            "q_proj": {"rank": 1, "alpha": 8.0},
-            "*.0.mlp.*": Magnitude(LoRA(3)),
-            "mlp": {"rank": 4},
-        }
+        overrides={"q_proj": {"rank": 1, "alpha": 8.0}, "*.0.mlp.*": Magnitude(LoRA(3)), "mlp": {"rank": 4}}
     )
     adapter = rw.attach(llama(), rw.recipe("dora", rank=2, sites=sites))
     at = {n: s.structure for n, s in adapter.sites.items()}

@@ -4,8 +4,6 @@ Public names are imported when they are first used, so that ``rankwise --help`` 
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from rankwise.version import __version__
@@ -13,10 +11,10 @@ from rankwise.version import __version__
 if TYPE_CHECKING:
     from rankwise import errors, recipes
     from rankwise._recipe import Recipe
-    from rankwise.attach import Adapter, adapters, attach, disabled, load, route, set_active, targets
-    from rankwise.catalogue import catalogue, recipe
+    from rankwise.attachment import Adapter, adapters, attach, disabled, load, route, set_active, targets
     from rankwise.formats import export
     from rankwise.lifecycle import merge, merged
+    from rankwise.methods import catalogue, recipe
     from rankwise.sites import Sites, Target
 
 __all__ = [
@@ -43,8 +41,8 @@ __all__ = [
 
 _HOMES = {
     "_recipe": ("Recipe",),
-    "attach": ("Adapter", "adapters", "attach", "disabled", "load", "route", "set_active", "targets"),
-    "catalogue": ("catalogue", "recipe"),
+    "attachment": ("Adapter", "adapters", "attach", "disabled", "load", "route", "set_active", "targets"),
+    "methods": ("catalogue", "recipe"),
     "formats": ("export",),
     "lifecycle": ("merge", "merged"),
     "sites": ("Sites", "Target"),
@@ -65,14 +63,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_PACKAGES})
-
-
-class _Package(ModuleType):
-    """Keeps ``rankwise.attach`` the function when the file of that name is imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

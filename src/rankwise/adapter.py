@@ -94,7 +94,7 @@ class Registry:
     """What the grafted modules of one model share."""
 
     activity: Activity = field(default_factory=Activity)
-    adapters: dict[str, Any] = field(default_factory=dict)  # name -> rankwise.attach.Adapter
+    adapters: dict[str, Any] = field(default_factory=dict)  # name -> rankwise.attachment.Adapter
 
 
 Carriers: TypeAlias = tuple[tuple[str, str, bool], ...]

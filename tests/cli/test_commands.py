@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-import rankwise.catalogue  # noqa: F401  (for sys.modules)
+import rankwise.methods  # noqa: F401  (for sys.modules)
 from rankwise.errors import OutputExists
 from rankwise.hf.folder import LOCK, claimed
 
@@ -90,7 +90,7 @@ def test_memory_that_does_not_suffice_exits_3(rankwise, monkeypatch):
     def hungry():
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 TB")
 
-    monkeypatch.setattr(sys.modules["rankwise.catalogue"], "catalogue", hungry)
+    monkeypatch.setattr(sys.modules["rankwise.methods"], "catalogue", hungry)
     done = rankwise("methods")
     assert done.code == 3 and "does not fit" in done.err
 

@@ -108,11 +108,7 @@ CORPUS = [
 
 
 def make_tokenizer(
-    template: str | None = None,
-    *,
-    bos: bool = True,
-    eos: str | None = "</s>",
-    pad: str | None = "<pad>",
+    template: str | None = None, *, bos: bool = True, eos: str | None = "</s>", pad: str | None = "<pad>"
 ) -> Any:
     """A byte-level BPE tokenizer; with `bos` it opens every text with <s>, as Llama's does."""
     core = Tokenizer(models.BPE())

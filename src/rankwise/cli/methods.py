@@ -11,7 +11,7 @@ def methods(
     method: Annotated[str | None, Argument(help="Show this one's page.")] = None, as_json: common.Json = False
 ) -> None:
     """List the methods, or show the page of one."""
-    from rankwise.catalogue import catalogue, recipe
+    from rankwise.methods import catalogue, recipe
     from rankwise.registry import encode
 
     if method is not None:

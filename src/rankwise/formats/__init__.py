@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankwise.attach import Adapter
+from rankwise.attachment import Adapter
 from rankwise.errors import UnknownName
 from rankwise.formats import peft
 from rankwise.formats.report import ExportReport

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
 from rankwise import io
-from rankwise.attach import Adapter
+from rankwise.attachment import Adapter
 from rankwise.errors import FileFormatError, SaveError, TrainingError
 
 METRICS = "metrics.jsonl"

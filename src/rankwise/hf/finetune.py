@@ -19,7 +19,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from rankwise.attach import Adapter, attach, disabled, targets
+from rankwise.attachment import Adapter, attach, disabled, targets
 from rankwise.errors import DataError, OutputExists, UnknownName
 from rankwise.hf.checkpoint import METRICS
 from rankwise.hf.folder import claimed
@@ -29,7 +29,7 @@ from rankwise.hf.plots import loss_curve
 from rankwise.hf.run import Result, Run
 from rankwise.hf.tasks import TASKS, CausalLM, SequenceClassification, Task, TextTask
 from rankwise.hf.trainer import Trainer
-from rankwise.targets import TargetReport
+from rankwise.placement import TargetReport
 from rankwise.version import __version__
 
 __all__ = ["Listener", "Prepared", "Result", "Run", "finetune", "prepare", "scored", "task_of"]

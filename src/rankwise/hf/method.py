@@ -5,9 +5,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from rankwise._recipe import Recipe
-from rankwise.catalogue import catalogue, recipe
 from rankwise.errors import IncompatibleAxes, UnknownName
 from rankwise.inits import Kaiming
+from rankwise.methods import catalogue, recipe
 from rankwise.registry import choices
 from rankwise.sites import Sites
 from rankwise.structures import Anchored, Factor, Replace, Rows, Stack, TokenRows

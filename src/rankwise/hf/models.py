@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from rankwise import embedded
 from rankwise.errors import MissingDependency, ModelFileError
-from rankwise.targets import HEADS
+from rankwise.placement import HEADS
 
 EMBEDDED = "embedded"  # the name of the small model that the package ships
 

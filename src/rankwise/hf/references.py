@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankwise.attach import set_active
+from rankwise.attachment import set_active
 
 
 @functools.cache

@@ -22,8 +22,8 @@ from rankwise.errors import DataError
 from rankwise.hf import data
 from rankwise.hf.data.examples import IGNORE
 from rankwise.hf.models import load_model, pad_id, tokenizer_of
+from rankwise.placement import HEADS
 from rankwise.sites import Sites, Target
-from rankwise.targets import HEADS
 
 Batch = Mapping[str, Any]
 

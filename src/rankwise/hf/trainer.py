@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from rankwise.attach import Adapter, adapters
+from rankwise.attachment import Adapter, adapters
 from rankwise.errors import ModelTypeError, TrainingError
 from rankwise.hf import checkpoint
 from rankwise.hf.references import reference

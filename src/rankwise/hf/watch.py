@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from rankwise.activity import Routing
 from rankwise.adapter import Adapters, SiteFactors
-from rankwise.attach import Adapter, adapters, registry_of
+from rankwise.attachment import Adapter, adapters, registry_of
 from rankwise.errors import TrainingError
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankwise.activity import Routing, normalise
 from rankwise.adapter import SiteFactors
-from rankwise.attach import adapters, registry_of
+from rankwise.attachment import adapters, registry_of
 from rankwise.errors import ActivityError, NotMergeable, UnknownName
 from rankwise.graft import Grafted
 from rankwise.host import Stored, host_of

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise._recipe import Recipe
-from rankwise.attach import Adapter, attach, load, route, set_active
+from rankwise.attachment import Adapter, attach, load, route, set_active
 from rankwise.errors import TargetError
 from rankwise.lifecycle import merge
 from rankwise.structures import Structure

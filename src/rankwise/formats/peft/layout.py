@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from rankwise.errors import ConversionError
 from rankwise.host import LAYER, Site
+from rankwise.placement import Candidate, base_modules, candidates
 from rankwise.structures import OFT, HiRA, LoHa, LoKr, LoRA, Structure, SVDForm
-from rankwise.targets import Candidate, base_modules, candidates
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from rankwise.errors import AttachError, UnknownName
 from rankwise.graft import Grafted, put, remove
 from rankwise.host import Site, host_of
 from rankwise.model_state import check_model, fast_paths, freeze_base, hide_from_checkpoints, untied
+from rankwise.placement import TargetReport, base_modules, report, resolve
 from rankwise.registry import encode
 from rankwise.structures import Structure
-from rankwise.targets import TargetReport, base_modules, report, resolve
 from rankwise.version import __version__
 from rankwise.weights import prepare
 
