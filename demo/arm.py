@@ -23,7 +23,7 @@ import rankwise as rw
 from demo.corpus import Text, texts
 from rankwise import embedded
 
-STEPS, PROBE, BATCH = 44, 11, 4
+STEPS, PROBE, BATCH = 36, 9, 4
 RATES = (1.0, 3.0, 9.0)  # times the recipe's own, which is meant for longer runs
 SEEDS = (0, 1)
 FULL_RATE = 1e-3

@@ -18,7 +18,7 @@ from rankwise import embedded
 from rankwise.errors import DataError
 
 LENGTH = 256
-EVALUATED = 32  # rows
+EVALUATED = 24  # rows
 
 
 class Text(NamedTuple):

@@ -15,11 +15,12 @@ from rankwise import io
 from rankwise._recipe import Recipe
 from rankwise.activity import Chosen, Routing, normalise
 from rankwise.adapter import Adapters, Placement, Registry, SiteFactors
+from rankwise.candidates import base_modules
 from rankwise.errors import AttachError, UnknownName
 from rankwise.graft import Grafted, put, remove
 from rankwise.host import Site, host_of
 from rankwise.model_state import check_model, fast_paths, freeze_base, hide_from_checkpoints, untied
-from rankwise.placement import TargetReport, base_modules, report, resolve
+from rankwise.placement import TargetReport, report, resolve
 from rankwise.registry import encode
 from rankwise.structures import Structure
 from rankwise.version import __version__

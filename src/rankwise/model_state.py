@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from rankwise.candidates import base_modules, output_head
 from rankwise.errors import AttachError, ModelTypeError
 from rankwise.graft import bound_to_class
 from rankwise.host import kind_of
-from rankwise.placement import base_modules, output_head
 
 
 def check_model(model: nn.Module) -> None:

@@ -3,129 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import accumulate
 from math import prod
-from typing import Any, final
+from typing import Any
 
 from torch import nn
 
-from rankwise.adapter import Adapters, Carriers, Placement
-from rankwise.errors import IncompatibleAxes, RankwiseError, TargetError, TiedWeights, WeightFormatError
-from rankwise.host import LAYER, ParameterHost, Site, host_of, kind_of
+from rankwise.adapter import Carriers, Placement
+from rankwise.candidates import Candidate, base_modules, candidates
+from rankwise.errors import IncompatibleAxes, TargetError, TiedWeights
+from rankwise.host import LAYER, ParameterHost, Site
 from rankwise.sites import Sites, Target
 from rankwise.structures import Replace, Rows, Stack, Structure, TokenRows
-
-HEADS = {"lm_head", "score", "classifier", "embed_out", "qa_outputs", "head", "classification_head"}
-_ATTENTION = re.compile(r"attn|attention|^(q|k|v|o|qkv|query|key|value|out)_?(proj|lin)?$|^c_attn$")
-_MLP = re.compile(r"mlp|ffn|feed_forward|experts|^(gate|up|down|gate_up)_proj$|^(fc|w|linear)\d$")
-_OTHER_MLP = {"intermediate", "output"}  # BERT, ViT: blocks without an mlp of that name
-_MHA = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-
-@final
-@dataclass(frozen=True)
-class Candidate:
-    """A weight that could carry an adapter.
-
-    Attributes:
-        site: its facts.
-        path: path of the module that carries it.
-        slot: "layer", or the parameter's name.
-        aliases: names a pattern may hit.
-        classes: names of the classes of its module.
-        roles: role words that include it.
-        problem: why it cannot carry one after all, raised where it is chosen.
-    """
-
-    site: Site
-    path: str
-    slot: str
-    aliases: tuple[str, ...]
-    classes: tuple[str, ...]
-    roles: tuple[str, ...]
-    problem: RankwiseError | None = None
-
-    def hit(self, target: Target) -> bool:
-        """Whether the pattern means it."""
-        return any(target.accepts(name, self.classes, self.roles) for name in self.aliases)
-
-
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of the base model by path, without what a graft added."""
-    found: dict[str, nn.Module] = {}
-    added: set[int] = set()
-    for path, module in model.named_modules():
-        if isinstance(module, Adapters):
-            added |= {id(m) for m in module.modules()}
-        if id(module) not in added:
-            found[path] = module
-    return found
-
-
-def output_head(model: nn.Module) -> Any:
-    """The module that the model itself calls its output embeddings."""
-    getter = getattr(model, "get_output_embeddings", None)
-    try:
-        return getter() if callable(getter) else None
-    except (AttributeError, NotImplementedError):
-        return None
-
-
-def _role(path: str) -> str:
-    parts = path.split(".")
-    if any(_ATTENTION.search(p) for p in parts):
-        return "attention"
-    if any(_MLP.search(p) for p in parts) or _OTHER_MLP & set(parts):
-        return "mlp"
-    return "other"
-
-
-def _candidate(
-    modules: Mapping[str, nn.Module], head: Any, path: str, slot: str, name: str, also: str = ""
-) -> Candidate:
-    """One weight, by the module that carries it; ``also`` is a module around it whose name means it too."""
-    owner, problem = modules[path], None
-    try:
-        site = host_of(owner, slot).site(name)
-    except (WeightFormatError, TargetError) as error:  # raised only if it is chosen
-        kind = kind_of(owner)
-        site, problem = Site(name, kind.kind if kind else "parameter", 0, 0), error
-    is_head = owner is head or path.rsplit(".", 1)[-1] in HEADS
-    role = "head" if is_head else "embedding" if site.kind == "embedding" else _role(name)
-    # a stack of one is no expert but a token or a table of positions (ViT)
-    linear = site.kind == "linear" or bool(also) or (site.stack or 1) > 1
-    roles = (role, "all-linear") if linear and not is_head else (role,)
-    numbers = [int(p) for p in name.split(".") if p.isdigit()]
-    site = replace(site, layer=numbers[0] if numbers else None, role=role)
-    classes = tuple(c.__name__ for c in type(modules[also or path]).__mro__)
-    return Candidate(site, path, slot, (name, also) if also else (name,), classes, roles, problem)
-
-
-def candidates(model: nn.Module) -> list[Candidate]:
-    """Every weight of the model that could carry an adapter, in the model's order."""
-    modules, head = base_modules(model), output_head(model)
-    found: list[Candidate] = []
-    inside: set[str] = set()
-    for path, module in modules.items():
-        dot = f"{path}." if path else ""
-        if path in inside:
-            continue
-        if isinstance(module, nn.MultiheadAttention):  # it reads all its weights itself
-            inside.add(f"{dot}out_proj")
-            own = [n for n in _MHA if module._parameters.get(n) is not None]
-            found += [_candidate(modules, head, path, n, f"{dot}{n}", path) for n in own]
-            found.append(_candidate(modules, head, f"{dot}out_proj", "weight", f"{dot}out_proj", path))
-        elif kind_of(module) is not None:
-            found.append(_candidate(modules, head, path, LAYER, path))
-        else:
-            own = [n for n, p in module._parameters.items() if p is not None and p.dim() in (2, 3)]
-            found += [_candidate(modules, head, path, n, f"{dot}{n}") for n in own]
-    layers = max((c.site.layer for c in found if c.site.layer is not None), default=-1) + 1
-    return [replace(c, site=replace(c.site, layers=layers)) for c in found]
-
 
 # -- matching ---------------------------------------------------------------------------------
 

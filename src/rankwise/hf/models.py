@@ -10,8 +10,8 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from rankwise import embedded
+from rankwise.candidates import HEADS
 from rankwise.errors import MissingDependency, ModelFileError
-from rankwise.placement import HEADS
 
 EMBEDDED = "embedded"  # the name of the small model that the package ships
 

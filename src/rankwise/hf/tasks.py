@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rankwise.candidates import HEADS
 from rankwise.errors import DataError
 from rankwise.hf import data
 from rankwise.hf.data.examples import IGNORE
 from rankwise.hf.models import load_model, pad_id, tokenizer_of
-from rankwise.placement import HEADS
 from rankwise.sites import Sites, Target
 
 Batch = Mapping[str, Any]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.attachment import Adapter
+from rankwise.attach import Adapter
 from rankwise.host import host_of
 from rankwise.io import carried
 from rankwise.ops import LinearOperator
@@ -18,18 +19,28 @@ EFFECT = 0.01  # a law that is tested on a change too small to see tests nothing
 Figures = dict[str, float]
 
 
-def compare(law: str, where: str, got: Tensor, want: Tensor, tolerance: float) -> float:
-    """The largest difference relative to the largest wanted value."""
-    assert got.shape == want.shape, f"{law}: {where} has shape {tuple(got.shape)}, wanted {tuple(want.shape)}"
-    scale = float(want.detach().abs().max().clamp_min(1e-30))
-    figure = float((got - want).detach().abs().max()) / scale
-    assert figure <= tolerance, f"{law}: {where} differs by {figure:.2g} of its largest value (tolerance {tolerance:g})"
-    return figure
+@dataclass(frozen=True)
+class Comparison:
+    """Compares at one place, and keeps the worst figure of each law.
 
+    Attributes:
+        where: the place, for errors.
+        tolerance: of every comparison, in units of the largest wanted value.
+        figures: the worst figure of each law so far.
+    """
 
-def note(figures: Figures, law: str, figure: float) -> None:
-    """Keep the worst figure of a law."""
-    figures[law] = max(figures.get(law, 0.0), figure)
+    where: str
+    tolerance: float = TOLERANCE
+    figures: Figures = field(default_factory=dict)
+
+    def __call__(self, law: str, got: Tensor, want: Tensor, at: str = "") -> None:
+        """Raise unless the two agree."""
+        what, shapes = f"{law}: {self.where}{at}", (tuple(got.shape), tuple(want.shape))
+        assert shapes[0] == shapes[1], f"{what} has shape {shapes[0]}, wanted {shapes[1]}"
+        figure = float((got - want).detach().abs().max() / want.detach().abs().max().clamp_min(1e-30))
+        assert figure <= self.tolerance, f"{what} differs by {figure:.2g} of its largest value"
+        key = law.split()[0]
+        self.figures[key] = max(self.figures.get(key, 0.0), figure)
 
 
 def worst(many: Iterable[Mapping[str, float]]) -> Figures:
@@ -37,8 +48,7 @@ def worst(many: Iterable[Mapping[str, float]]) -> Figures:
     found: Figures = {}
     for figures in many:
         for law, figure in figures.items():
-            pick = min if law == "effect" else max
-            found[law] = pick(found.get(law, figure), figure)
+            found[law] = (min if law == "effect" else max)(found.get(law, figure), figure)
     return found
 
 
@@ -55,20 +65,17 @@ def randomise(adapter: Adapter, outputs: Callable[[], Tensor], generator_seed: i
         The effect, as a share of the outputs' norm.
     """
     generator = torch.Generator().manual_seed(generator_seed)
-    parameters = list(adapter.parameters(trainable=False))
-    starts = [p.clone() for p in parameters]
-    moves = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
+    starts = [(p, p.clone()) for p in adapter.parameters(trainable=False)]
+    moves = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p, _ in starts]
     before, effect = outputs(), 0.0
     for size in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0):
-        for p, start, move in zip(parameters, starts, moves, strict=True):
+        for (p, start), move in zip(starts, moves, strict=True):
             p.copy_(start + size * move.to(p))
         effect = float((outputs() - before).norm() / before.norm())
         if effect >= EFFECT:
             return effect
-    raise AssertionError(
-        f"{adapter.recipe.structure!r}: with every factor drawn at random the outputs move by "
-        f"{effect:.2g} only; some factor is not used"
-    )
+    found = f"with every factor drawn at random the outputs move by {effect:.2g} only"
+    raise AssertionError(f"{adapter.recipe.structure!r}: {found}; some factor is not used")
 
 
 def truth(base: nn.Module, adapter: Adapter) -> nn.Module:
@@ -92,19 +99,16 @@ def check_operator(op: LinearOperator, batch: tuple[int, ...] = ()) -> float:
     Returns:
         The worst figure.
     """
-    name, (m, n), dense = type(op).__name__, op.shape, op.dense()
+    (m, n), dense, lower = op.shape, op.dense(), op.lower()
     x, z = (torch.randn(*batch, 5, size, dtype=torch.float64) for size in (n, m))
     index = torch.randint(0, m, (*batch, 6))
-    rows = torch.take_along_dim(dense, index.unsqueeze(-1), dim=-2)
-    pairs = {
-        "dense": (dense, dense.expand(*batch, m, n)),
-        "mv": (op.mv(x), x @ dense.mT),
-        "T": (op.T.dense(), dense.mT),
-        "T.mv": (op.T.mv(z), z @ dense),
-        "T.T.mv": (op.T.T.mv(x), x @ dense.mT),
-        "rows": (op.rows(index), rows),
-    }
-    pair = op.lower()
-    if pair is not None:
-        pairs["lower"] = (pair.left @ pair.right, dense)
-    return max(compare("operator law", f"{name}.{k}", *v, TOLERANCE) for k, v in pairs.items())
+    compare = Comparison(type(op).__name__)
+    compare("operator law", dense, dense.expand(*batch, m, n), ".dense")
+    compare("operator law", op.mv(x), x @ dense.mT, ".mv")
+    compare("operator law", op.T.dense(), dense.mT, ".T")
+    compare("operator law", op.T.mv(z), z @ dense, ".T.mv")
+    compare("operator law", op.T.T.mv(x), x @ dense.mT, ".T.T.mv")
+    compare("operator law", op.rows(index), torch.take_along_dim(dense, index.unsqueeze(-1), dim=-2), ".rows")
+    if lower is not None:
+        compare("operator law", lower.left @ lower.right, dense, ".lower")
+    return compare.figures["operator"]

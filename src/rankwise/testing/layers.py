@@ -38,12 +38,10 @@ class SelfAttention(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.mha = nn.MultiheadAttention(12, 2, **options)
-        self.widths = (options.get("kdim") or 12, options.get("vdim") or 12)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend."""
-        k, v = self.widths
-        return self.mha(x, x[..., :k], x[..., :v], need_weights=False)[0]
+        return self.mha(x, x[..., : self.mha.kdim], x[..., : self.mha.vdim], need_weights=False)[0]
 
 
 class Experts(nn.Module):
@@ -52,19 +50,13 @@ class Experts(nn.Module):
     def __init__(self, transposed: bool) -> None:
         super().__init__()
         self.is_transposed = transposed
-        up, down = (3, 16, 12), (3, 12, 16)
-        self.up = nn.Parameter(torch.randn(up if not transposed else (3, 12, 16)) / 3)
-        self.down = nn.Parameter(torch.randn(down if not transposed else (3, 16, 12)) / 3)
+        up, down = torch.randn(3, 16, 12) / 3, torch.randn(3, 12, 16) / 3
+        self.up, self.down = (nn.Parameter(w.mT.contiguous() if transposed else w) for w in (up, down))
 
     def forward(self, x: Tensor) -> Tensor:
         """Every third token to its expert."""
-        parts = []
-        for e in range(3):
-            up, down = self.up[e], self.down[e]
-            if not self.is_transposed:
-                up, down = up.mT, down.mT
-            parts.append(torch.tanh(x[:, e::3] @ up) @ down)
-        return torch.cat(parts, dim=1)
+        up, down = (w if self.is_transposed else w.mT for w in (self.up, self.down))
+        return torch.cat([torch.tanh(x[:, e::3] @ up[e]) @ down[e] for e in range(3)], dim=1)
 
 
 class Tied(nn.Module):
@@ -85,6 +77,10 @@ class Tied(nn.Module):
         return self.lm_head(torch.tanh(self.mid(self.embed(x))))
 
 
+def _alone(kind: type[nn.Module], *sizes: int, **options: int) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(kind(*sizes, **options))
+
+
 def _tokens(rows: int) -> Tensor:
     return torch.arange(rows * 7).reshape(rows, 7) % 20  # every token in the first three rows
 
@@ -93,26 +89,15 @@ def _normal(*shape: int) -> Callable[[int], Tensor]:
     return lambda rows: torch.randn(rows, *shape, dtype=torch.float64)
 
 
+_FUSED = Sites("0", parts={"0": (("v", 16, 24), ("q", 0, 8))})
 LAYERS: tuple[Layer, ...] = (
-    Layer("Linear", lambda: nn.Sequential(nn.Linear(12, 16)), _normal(5, 12), Sites()),
-    Layer(
-        "Conv2d", lambda: nn.Sequential(nn.Conv2d(8, 12, 3, 2, padding=1, groups=2)), _normal(8, 6, 5), Sites(nn.Conv2d)
-    ),
-    Layer(
-        "ConvTranspose1d",
-        lambda: nn.Sequential(nn.ConvTranspose1d(8, 12, 3, 2, padding=1, groups=2)),
-        _normal(8, 6),
-        Sites(nn.ConvTranspose1d),
-    ),
-    Layer("Embedding", lambda: nn.Sequential(nn.Embedding(20, 12, padding_idx=3)), _tokens, Sites(nn.Embedding)),
+    Layer("Linear", _alone(nn.Linear, 12, 16), _normal(5, 12), Sites()),
+    Layer("Conv2d", _alone(nn.Conv2d, 8, 12, 3, 2, padding=1, groups=2), _normal(8, 6, 5), Sites("0")),
+    Layer("ConvTranspose1d", _alone(nn.ConvTranspose1d, 8, 12, 3, 2, padding=1, groups=2), _normal(8, 6), Sites("0")),
+    Layer("Embedding", _alone(nn.Embedding, 20, 12, padding_idx=3), _tokens, Sites("0")),
     Layer("tied head", Tied, _tokens, Sites(nn.Embedding, tied="tie")),
     Layer("MultiheadAttention", SelfAttention, _normal(5, 12), Sites(), rowwise=False),
     Layer("experts", lambda: Experts(False), _normal(6, 12), Sites(), rowwise=False),
     Layer("transposed experts", lambda: Experts(True), _normal(6, 12), Sites(), rowwise=False),
-    Layer(
-        "fused rows",
-        lambda: nn.Sequential(nn.Linear(12, 24)),
-        _normal(5, 12),
-        Sites("0", parts={"0": (("v", 16, 24), ("q", 0, 8))}),
-    ),
+    Layer("fused rows", _alone(nn.Linear, 12, 24), _normal(5, 12), _FUSED),
 )

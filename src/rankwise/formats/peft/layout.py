@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.candidates import Candidate, base_modules, candidates
 from rankwise.errors import ConversionError
 from rankwise.host import LAYER, Site
-from rankwise.placement import Candidate, base_modules, candidates
 from rankwise.structures import OFT, HiRA, LoHa, LoKr, LoRA, Structure, SVDForm
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rankwise._recipe import Recipe
 from rankwise.adapter import Placement
 from rankwise.attachment import Adapter, check_name, install
+from rankwise.candidates import base_modules, output_head
 from rankwise.errors import BaseMismatch, ConversionError, FileFormatError
 from rankwise.formats.peft.config import MERGE, meant, read_config, targeted
 from rankwise.formats.peft.decode import decode
@@ -26,7 +27,6 @@ from rankwise.formats.peft.layout import Place, places
 from rankwise.host import LAYER, ParameterHost, host_of
 from rankwise.inits import Kaiming, Principal
 from rankwise.model_state import check_model, freeze_base, untied
-from rankwise.placement import base_modules, output_head
 from rankwise.sites import Override, Sites, Target
 from rankwise.structures import LoRA, Replace, Stack, Structure, TokenRows
 

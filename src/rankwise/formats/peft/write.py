@@ -17,13 +17,13 @@ from torch.nn.functional import pad
 from rankwise import io
 from rankwise.adapter import Placement
 from rankwise.attachment import Adapter
+from rankwise.candidates import base_modules
 from rankwise.errors import ConversionError
 from rankwise.formats.peft.config import CONFIG, VERSION
 from rankwise.formats.peft.layout import METHODS, Place, check, layer_of, places, theirs
 from rankwise.formats.peft.pairs import Pair, cut, numerator, pair_of
 from rankwise.formats.report import ExportReport
 from rankwise.host import host_of
-from rankwise.placement import base_modules
 from rankwise.structures import OFT, Replace, Stack, TokenRows
 from rankwise.structures.wrappers import under
 
