@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rankwise._recipe import Recipe
-from rankwise.attach import attach
+from rankwise.attachment import attach
 from rankwise.errors import IncompatibleAxes
 from rankwise.inits import Init
 from rankwise.ranks import Ranks, carry_out

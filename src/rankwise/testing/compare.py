@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rankwise.attach import Adapter
+from rankwise.attachment import Adapter
 from rankwise.host import host_of
 from rankwise.io import carried
 from rankwise.ops import LinearOperator

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rankwise._recipe import Recipe
 from rankwise.adapter import SiteFactors
-from rankwise.attach import Adapter, attach, load, route, set_active
+from rankwise.attachment import Adapter, attach, load, route, set_active
 from rankwise.errors import TargetError
 from rankwise.lifecycle import merge
 from rankwise.structures import Structure
