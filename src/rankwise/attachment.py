@@ -97,7 +97,7 @@ class Adapter(Mapping[str, dict[str, Tensor]]):
         Raises:
             SaveError: the disk is full or not writable.
         """
-        return io.write(path, self.recipe, self.placements, self.sites, self.model, __version__)
+        return io.write(path, self, __version__)
 
     def detach(self) -> None:
         """Take this adapter off the model; the last one off leaves the model as it was."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankwise._recipe import Recipe
-from rankwise.adapter import Placement, SiteFactors
+from rankwise.adapter import Placement
 from rankwise.errors import BaseMismatch, FileFormatError, RankwiseError, SaveError
 from rankwise.host import LAYER, Site, host_of, kind_of
 from rankwise.registry import check_fields, decode, encode, known_classes
@@ -126,7 +126,7 @@ def whole(tensor: Tensor) -> Tensor:
     return (full() if full is not None else tensor).detach().cpu().contiguous()
 
 
-def atomically(path: Path, write: Callable[[Path], None]) -> None:
+def atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Run ``write`` on a temporary file beside ``path`` and move it there when it is complete.
 
     Raises:
@@ -175,32 +175,21 @@ def encode_placements(placements: Iterable[Placement]) -> list[Any]:
     ]
 
 
-def write(
-    path: str | Path,
-    recipe: Recipe,
-    placements: Sequence[Placement],
-    modules: Mapping[str, SiteFactors],
-    model: nn.Module,
-    version: str,
-) -> Path:
+def write(path: str | Path, adapter: Any, version: str) -> Path:
     """Write ``path/adapter.safetensors``; under FSDP every rank calls it and rank 0 writes.
 
     Raises:
         SaveError: the disk is full or not writable.
     """
     file = Path(path) / FILE
-    tensors = {
-        f"{site}/{name}": whole(parameter)
-        for site, module in modules.items()
-        for name, parameter in module.named_parameters()
-    }
+    tensors = {name: whole(parameter) for name, parameter in adapter.named_parameters()}
     header = {
         "format": "rankwise",
         "rankwise_format": FORMAT,
         "version": version,
-        "recipe": json.dumps(encode(recipe)),
-        "placements": json.dumps(encode_placements(placements)),
-        "base": json.dumps(fingerprint(model, placements)),
+        "recipe": json.dumps(encode(adapter.recipe)),
+        "placements": json.dumps(encode_placements(adapter.placements)),
+        "base": json.dumps(fingerprint(adapter.model, adapter.placements)),
     }
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_rank() == 0:

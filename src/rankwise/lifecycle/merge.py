@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,11 @@ class _Job:
         # through the layout and back: what never changes (a padding row) is no loss either
         return w, self.host.matrix(self.host.tensor(new))
 
+    @torch.no_grad()
+    def write(self) -> None:
+        """Store the adapted W."""
+        self.host.write(self.merged()[1])
+
     def report(self) -> SiteReport:
         """What storing would keep."""
         w, new = self.merged()
@@ -108,20 +113,17 @@ def _jobs(model: nn.Module, names: Sequence[str]) -> list[_Job]:
     return list(found.values())
 
 
-def _names(model: nn.Module, names: str | Sequence[str] | None) -> tuple[str, ...]:
+@torch.no_grad()
+def _planned(model: nn.Module, names: str | Sequence[str] | None) -> tuple[list[_Job], MergeReport]:
+    """What to write for these adapters (the active ones by default), and what would be kept of it."""
     registry = registry_of(model)
-    if names is None:
-        choice = registry.activity.choice
-        if isinstance(choice, Routing):
-            raise ActivityError("A routing has no single weight to merge; leave route() first, or name adapters.")
-        return choice
-    chosen = normalise(names)
-    unknown = [n for n in chosen if n not in registry.adapters]
-    if unknown:
-        raise UnknownName(
-            f"Only attached adapters can be merged; found {unknown}, attached: {list(registry.adapters)}."
-        )
-    return chosen
+    chosen = registry.activity.choice if names is None else normalise(names)
+    if isinstance(chosen, Routing):
+        raise ActivityError("A routing has no single weight to merge; leave route() first, or name adapters.")
+    if unknown := [n for n in chosen if n not in registry.adapters]:
+        raise UnknownName(f"Only attached adapters can be merged; found {unknown}, attached: {[*registry.adapters]}.")
+    jobs = _jobs(model, chosen)
+    return jobs, MergeReport(tuple(job.report() for job in jobs))
 
 
 @torch.no_grad()
@@ -145,9 +147,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, max_los
         ActivityError: rows are being routed.
         NotMergeable: the merged weights would hold NaN or infinity.
     """
-    chosen = _names(model, names)
-    jobs = _jobs(model, chosen)
-    report = MergeReport(tuple(job.report() for job in jobs))
+    jobs, report = _planned(model, names)
     lossy = [s for s in report.sites if s.kept < 1 - max_loss]
     if lossy:
         warnings.warn(
@@ -157,7 +157,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, max_los
             stacklevel=2,
         )
     for job in jobs:
-        job.host.write(job.merged()[1])
+        job.write()
     for adapter in adapters(model).values():
         adapter.detach()
     return report
@@ -179,25 +179,12 @@ def merged(model: nn.Module, names: str | Sequence[str] | None = None) -> Iterat
         ActivityError: rows are being routed.
         NotMergeable: the merged weights would hold NaN or infinity.
     """
-    chosen = _names(model, names)
+    jobs, report = _planned(model, names)
     activity = registry_of(model).activity
-    former = activity.choice
-    with torch.no_grad():
-        jobs = _jobs(model, chosen)
-        report = MergeReport(tuple(job.report() for job in jobs))
-        kept: list[tuple[_Job, object]] = []
-        try:
-            for job in jobs:
-                kept.append((job, job.host.storage.snapshot()))
-                job.host.write(job.merged()[1])
-        except BaseException:
-            for job, bits in kept:
-                job.host.storage.put(bits)
-            raise
-    activity.choice = ()
-    try:
+    with ExitStack() as undo:
+        for job in jobs:
+            undo.callback(job.host.storage.put, job.host.storage.snapshot())
+            job.write()
+        undo.callback(setattr, activity, "choice", activity.choice)
+        activity.choice = ()
         yield report
-    finally:
-        activity.choice = former
-        for job, bits in kept:
-            job.host.storage.put(bits)
