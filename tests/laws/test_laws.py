@@ -14,8 +14,7 @@ from rankwise.errors import TargetError
 from rankwise.host import Site
 from rankwise.ops import Dense, LinearOperator, Product
 from rankwise.structures import Additive, Factor, Factors, LoRA, Start, Structure
-from rankwise.testing import LAYERS, check_on, check_structure
-from rankwise.testing.structure import accepts
+from rankwise.testing import LAYERS, accepts, check_on, check_structure
 
 
 @pytest.mark.parametrize(("structure", "layer"), CASES, ids=lambda v: getattr(v, "name", repr(v)))

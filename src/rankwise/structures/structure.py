@@ -192,7 +192,7 @@ def check_rank(rank: int, site: Site, most: int) -> int:
     whole = isinstance(rank, Integral) and not isinstance(rank, bool)
     if not whole or not 1 <= rank <= most:
         raise RankError(
-            f"A rank is a whole number between 1 and the smaller side of the layer, here {most}; found {rank!r} at "
-            f"{site.name} ({site.rows} x {site.cols}). Choose another, or override it there: Sites(overrides=...)."
+            f"A rank is a whole number between 1 and the smaller side of the layer, here {most}; found rank={rank!r} "
+            f"at {site.name} ({site.rows} x {site.cols}). Choose another, or override it there with Sites(overrides)."
         )
     return rank

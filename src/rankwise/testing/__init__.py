@@ -6,10 +6,18 @@ do the same for the other axes. Each raises AssertionError, which says the law, 
 figure, and returns the worst figures that it met. All arithmetic is float64.
 """
 
-from rankwise.testing.axes import SAMPLES, check_init, check_ranks, check_solver
 from rankwise.testing.compare import Figures, check_operator, randomise, truth, worst
+from rankwise.testing.laws import (
+    SAMPLES,
+    accepts,
+    check_init,
+    check_on,
+    check_ranks,
+    check_solver,
+    check_structure,
+    train_step,
+)
 from rankwise.testing.layers import LAYERS, Layer
-from rankwise.testing.structure import accepts, check_on, check_structure, train_step
 
 __all__ = [
     "LAYERS",

@@ -1,7 +1,5 @@
 """How the laws compare: relative to the largest value, with factors drawn so far that it shows."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

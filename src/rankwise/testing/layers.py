@@ -1,7 +1,5 @@
 """Kinds of layer to check a method on, each inside a model that maps one tensor to one tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final

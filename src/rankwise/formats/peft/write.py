@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -21,10 +22,9 @@ from rankwise.candidates import base_modules
 from rankwise.errors import ConversionError
 from rankwise.formats.peft.config import CONFIG, VERSION
 from rankwise.formats.peft.layout import METHODS, Place, check, layer_of, places, theirs
-from rankwise.formats.peft.pairs import Pair, cut, numerator, pair_of
 from rankwise.formats.report import ExportReport
 from rankwise.host import host_of
-from rankwise.structures import OFT, Replace, Stack, TokenRows
+from rankwise.structures import OFT, LoRA, Magnitude, Replace, Rows, Stack, Structure, TokenRows
 from rankwise.structures.wrappers import under
 
 WEIGHTS = "adapter_model.safetensors"
@@ -38,10 +38,11 @@ def _refuse(p: Placement, why: str) -> ConversionError:
 
 
 class _Draft:
-    """The file as it grows: its tensors, its settings, and what it cannot say."""
+    """The file as it grows: its method, tensors and settings, and what it cannot say."""
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
+    def __init__(self, adapter: Adapter, rank: int | None) -> None:
+        self.adapter, self.rank = adapter, rank
+        self.kind: str | None = None
         self.modules: dict[str, Any] = base_modules(adapter.model)
         parameters = [p.site.name for p in adapter.placements if p.site.kind == "parameter"]
         self.places = {p.candidate.site.name: p for p in places(adapter.model, parameters)}
@@ -61,9 +62,9 @@ class _Draft:
     def add(self, path: str, tensors: Mapping[str, Tensor]) -> None:
         self.tensors |= {f"base_model.model.{path}.{k}": v.contiguous().clone() for k, v in tensors.items()}
 
-    def put(self, p: Placement, kind: str, factors: Mapping[str, Tensor]) -> Place:
+    def put(self, p: Placement, factors: Mapping[str, Tensor]) -> Place:
         """The factors of a site, by PEFT's names and in its layout."""
-        place, module = self.places.get(p.site.name), self.modules[p.carriers[0][0]]
+        kind, place, module = self.kind or "", self.places.get(p.site.name), self.modules[p.carriers[0][0]]
         if place is None or not place.path or (len(p.carriers) > 1 and kind != "LORA"):
             raise _refuse(p, "it has no place for them")
         check(kind, p.site, module)
@@ -80,51 +81,91 @@ class _Draft:
         self.settings |= {key: common} if patterns is None else {key: common, patterns: odd}
 
 
-# -- the methods ------------------------------------------------------------------------------
+# -- LoRA -----------------------------------------------------------------------------------------
 
 
-def _pair(d: _Draft, p: Placement, rank: int | None) -> Pair:
+def _numerator(scale: float, rank: int, root: bool = False) -> float:
+    """The alpha of a scale, an integer where it is one but for rounding."""
+    alpha = scale * rank ** (0.5 if root else 1)
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-9) else alpha
+
+
+def _unit(a: Tensor, b: Tensor) -> tuple[LoRA, dict[str, Tensor]]:
+    return LoRA(a.shape[-2], None), {"a": a, "b": b}
+
+
+def _exactly(structure: Structure, f: dict[str, Tensor], rows: int) -> tuple[LoRA, dict[str, Tensor]] | None:
+    """The structure on a weight of so many rows as a LoRA and its factors, a DoRA's magnitude among them, if it is one."""
+    if isinstance(structure, LoRA):
+        return structure, f
+    if isinstance(structure, Magnitude):
+        found = _exactly(structure.inner, f, rows)
+        return found and (found[0], found[1] | {"magnitude": f["magnitude"]})
+    if isinstance(structure, Rows):
+        each = [(_exactly(structure.inner, under(name, f), rows), a, rows - b) for name, a, b in structure.parts]
+        parts = [(*low, above, below) for low, above, below in each if low and "magnitude" not in low[1]]
+        if len(parts) < len(each):
+            return None
+        b = torch.cat([pad(f["b"] * s.scale, (0, 0, above, below)) for s, f, above, below in parts], -1)
+        return _unit(torch.cat([f["a"] for _, f, _, _ in parts], -2), b)
+    op = structure.delta(f)
+    low = op and op.lower()
+    return low and _unit(low.right, low.left)
+
+
+def _cut(structure: Structure, f: dict[str, Tensor], w: Tensor, rank: int) -> tuple[dict[str, Tensor], float]:
+    """Any structure on a dense weight as a pair of this rank at most, and its relative error."""
+    w = w.detach().double()
+    delta = structure.weight({k: v.double() for k, v in f.items()}, w) - w
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    b, a = (u * s.unsqueeze(-2))[..., :rank], vh[..., :rank, :]
+    error = (b @ a - delta).norm() / delta.norm().clamp_min(1e-30)
+    return {"a": a.float(), "b": b.float()}, error.item()
+
+
+def _pair(d: _Draft, p: Placement) -> tuple[LoRA, dict[str, Tensor]]:
     f, structure, path = d.factors(p), p.structure, p.carriers[0][0]
     if isinstance(structure, Stack) and isinstance(structure.first, Replace):
         d.add(path, {"base_layer.weight": d.host(p).tensor(f["first_value"])})
         structure, f = structure.second, under("second", f)
-    pair = pair_of(structure, f, p.site.rows)
-    if pair is None:
-        if rank is None:
+    found = _exactly(structure, f, p.site.rows)
+    if found is None:
+        if d.rank is None:
             raise _refuse(p, "it has no such method")
-        pair, d.errors[p.site.name] = cut(structure, f, io.whole(d.host(p).weight()), rank)
-    if pair.magnitude is not None:
+        pair, d.errors[p.site.name] = _cut(structure, f, io.whole(d.host(p).weight()), d.rank)
+        return _unit(**pair)
+    if "magnitude" in found[1]:
         if p.site.kind == "parameter" or len(p.carriers) > 1:
             raise _refuse(p, "its DoRA takes no bare parameters and no tied heads")
         if getattr(d.modules[path], "padding_idx", None) is not None:
             d.notes.append(f"{p.site.name}: PEFT moves the padding row, which here stays the base's")
-    return pair
+    return found
 
 
-def _lora(d: _Draft, placements: list[Placement], rank: int | None) -> None:
-    pairs = {p: _pair(d, p, rank) for p in placements}
-    root = all(pair.root for pair in pairs.values())
-    dora = any(pair.magnitude is not None for pair in pairs.values())
+def _lora(d: _Draft, placements: list[Placement]) -> None:
+    pairs = {p: _pair(d, p) for p in placements}
+    root = all(s.scale_rule == "alpha/sqrt(r)" for s, _ in pairs.values())
+    dora = any("magnitude" in f for _, f in pairs.values())
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for p, pair in pairs.items():
-        if dora and pair.magnitude is None:
+    for p, (s, f) in pairs.items():
+        if dora and "magnitude" not in f:
             raise _refuse(p, "its DoRA is of all sites or of none")
-        f = {"a": pair.a, "b": pair.b, "magnitude": pair.magnitude}
-        place = d.put(p, "LORA", {k: v for k, v in f.items() if v is not None})
-        r = pair.a.shape[-2]
-        alpha = numerator(pair.scale, r, root)
-        if (ranks.setdefault(place.key, r), alphas.setdefault(place.key, alpha)) != (r, alpha):
+        key, r, alpha = d.put(p, f).key, s.rank, _numerator(s.scale, s.rank, root)
+        if (ranks.setdefault(key, r), alphas.setdefault(key, alpha)) != (r, alpha):
             raise _refuse(p, "both projections of an attention have one rank and one alpha")
         for head, _, transposed in p.carriers[1:]:
             if not transposed:
                 raise _refuse(p, "it ties only an embedding and the head")
             d.settings["ensure_weight_tying"] = True
-            d.add(head, {"lora_A.weight": pair.b.mT, "lora_B.weight": pair.a.mT})
+            d.add(head, {"lora_A.weight": f["b"].mT, "lora_B.weight": f["a"].mT})
             ranks[head], alphas[head] = r, alpha
     d.spread("r", ranks, "rank_pattern")
     d.spread("lora_alpha", alphas, "alpha_pattern")
     d.settings |= {"use_dora": dora, "use_rslora": root}
+
+
+# -- the other methods ----------------------------------------------------------------------------
 
 
 def _adalora(d: _Draft, placements: list[Placement]) -> None:
@@ -134,22 +175,22 @@ def _adalora(d: _Draft, placements: list[Placement]) -> None:
     unit = rank / (rank + 1e-5)  # PEFT's scale under these settings
     for p, s in structures.items():
         f, more = d.factors(p), rank - s.rank
-        f = {"a": pad(f["a"], (0, 0, 0, more)), "b": pad(f["b"], (0, more)), "e": pad(f["e"], (0, more))}
-        d.put(p, "ADALORA", f | {"e": f["e"] * (s.scale / unit)})
+        e = pad(f["e"] * (s.scale / unit), (0, more))
+        d.put(p, {"a": pad(f["a"], (0, 0, 0, more)), "b": pad(f["b"], (0, more)), "e": e})
 
 
-def _products(d: _Draft, placements: list[Placement], kind: str) -> None:
+def _products(d: _Draft, placements: list[Placement]) -> None:
     at: dict[str, Any] = {}
     ranks: dict[str, int] = {}
     for p in placements:
         f = d.factors(p)
-        key = d.put(p, kind, f).key
+        key = d.put(p, f).key
         at[key] = p.structure  # a LoKr without rank: one so large that PEFT keeps both factors whole
         ranks[key] = at[key].rank or max(*f["c"].shape, *f["d"].shape)
     d.spread("r", ranks, "rank_pattern")
-    if kind != "HIRA":
-        d.spread("alpha", {k: numerator(s.scale, ranks[k]) for k, s in at.items()}, "alpha_pattern")
-    if kind == "LOKR":
+    if d.kind != "HIRA":
+        d.spread("alpha", {k: _numerator(s.scale, ranks[k]) for k, s in at.items()}, "alpha_pattern")
+    if d.kind == "LOKR":
         d.spread("decompose_factor", {k: s.factor for k, s in at.items()})
         d.spread("decompose_both", {k: s.decompose_both for k, s in at.items()})
 
@@ -159,47 +200,49 @@ def _oft(d: _Draft, placements: list[Placement]) -> None:
     terms: dict[str, int | None] = {}
     for p in placements:
         assert isinstance(p.structure, OFT)
-        if p.structure.terms == 3:
+        q, n = d.factors(p)["q"], p.structure.terms
+        if n == 3:
             raise _refuse(p, "its OFT has 4 terms or more")
-        q = d.factors(p)["q"]
-        key = d.put(p, "OFT", {"q": q if p.structure.terms is None else -q}).key
-        sizes[key], terms[key] = p.site.cols // len(q), p.structure.terms
+        key = d.put(p, {"q": q if n is None else -q}).key
+        sizes[key], terms[key] = p.site.cols // len(q), n
     d.spread("oft_block_size", sizes)
-    d.spread("num_cayley_neumann_terms", {k: t or 5 for k, t in terms.items()})
-    d.spread("use_cayley_neumann", {k: t is not None for k, t in terms.items()})
+    d.spread("num_cayley_neumann_terms", {k: n or 5 for k, n in terms.items()})
+    d.spread("use_cayley_neumann", {k: n is not None for k, n in terms.items()})
     d.settings["r"] = 0
+
+
+_WRITERS = {"LORA": _lora, "ADALORA": _adalora, "OFT": _oft, **dict.fromkeys(("LOHA", "LOKR", "HIRA"), _products)}
 
 
 # -- the model's own tensors --------------------------------------------------------------------
 
 
-def _tokens(d: _Draft, placements: list[Placement], kind: str | None) -> str:
-    """Rows of new tokens, beside LoRA or alone; returns the method that they make it."""
+def _tokens(d: _Draft, placements: list[Placement]) -> None:
+    """Rows of new tokens, beside LoRA or alone, which is a method of its own."""
     ids: dict[str, tuple[int, ...]] = {p.carriers[0][0]: p.structure.index for p in placements}  # type: ignore
     if d.adapter.recipe.sites.tied == "untie":
         raise _refuse(placements[0], "its token rows always reach a tied head, and these were trained on an untied one")
-    alone = kind is None and len(set(ids.values())) == 1
-    if kind != "LORA" and not alone:
-        raise _refuse(placements[0], f"token rows stand alone, the same everywhere, or beside LoRA, not {kind}")
+    alone = d.kind is None and len(set(ids.values())) == 1
+    if d.kind != "LORA" and not alone:
+        raise _refuse(placements[0], f"token rows stand alone, the same everywhere, or beside LoRA, not {d.kind}")
     for p in placements:
         infix = "" if alone else "token_adapter."
         d.add(p.carriers[0][0], {f"{infix}trainable_tokens_delta": d.factors(p)["rows"]})
-    if not alone:
+    if alone:
+        d.targets += ids
+        d.kind, d.settings["token_indices"] = "TRAINABLE_TOKENS", next(iter(ids.values()))
+    else:
         d.settings["trainable_token_indices"] = ids
-        return "LORA"
-    d.targets += ids
-    d.settings["token_indices"] = next(iter(ids.values()))
-    return "TRAINABLE_TOKENS"
 
 
-def _whole(d: _Draft, placements: list[Placement], kind: str) -> None:
+def _whole(d: _Draft, placements: list[Placement]) -> None:
     """Tensors trained whole: biases of adapted layers, else modules_to_save."""
     saved: list[str] = []
     for p in sorted(placements, key=lambda p: p.site.name.count(".")):
         path, slot, _ = p.carriers[0]
         value = d.host(p).tensor(d.factors(p)["value"])
-        if slot == "bias" and path in d.targets and kind in ("LORA", "ADALORA", "OFT"):
-            d.settings["bias"] = "oft_only" if kind == "OFT" else "lora_only"
+        if slot == "bias" and path in d.targets and d.kind in ("LORA", "ADALORA", "OFT"):
+            d.settings["bias"] = "oft_only" if d.kind == "OFT" else "lora_only"
             d.add(path, {"base_layer.bias": value})
             continue
         if not any(f"{path}.".startswith(f"{s}.") for s in saved):
@@ -216,14 +259,15 @@ def _whole(d: _Draft, placements: list[Placement], kind: str) -> None:
 # -- the files ----------------------------------------------------------------------------------
 
 
-def _method(d: _Draft, placements: list[Placement], rank: int | None) -> str | None:
-    """The one method of all sites, or LoRA where they have none in common."""
+def _method(d: _Draft, placements: list[Placement]) -> str | None:
+    """The one method of all sites, or LoRA where they have none in common or are cut to it."""
     kinds = {m.structure: kind for kind, m in METHODS.items()}
     found = {kinds.get(type(p.structure), "LORA") for p in placements}
-    kind = found.pop() if len(found) == 1 else "LORA" if found else None
-    layers = {layer_of(p.site, d.modules[p.carriers[0][0]]) for p in placements}
-    fits = kind is None or layers <= set(METHODS[kind].layers)
-    return kind if fits and (rank is None or kind in (None, "ADALORA")) else "LORA"
+    if not found:
+        return None
+    kind = found.pop()
+    fits = not found and {layer_of(p.site, d.modules[p.carriers[0][0]]) for p in placements} <= {*METHODS[kind].layers}
+    return kind if fits and (d.rank is None or kind == "ADALORA") else "LORA"
 
 
 def write(adapter: Adapter, path: str | Path, rank: int | None = None) -> ExportReport:
@@ -244,33 +288,25 @@ def write(adapter: Adapter, path: str | Path, rank: int | None = None) -> Export
         ConversionError: a structure or a site that PEFT cannot hold, and no rank was given.
         SaveError: the disk is full or not writable.
     """
-    d, folder = _Draft(adapter), Path(path)
+    d, folder = _Draft(adapter, rank), Path(path)
     whole = [p for p in adapter.placements if isinstance(p.structure, Replace)]
     tokens = [p for p in adapter.placements if isinstance(p.structure, TokenRows)]
     rest = [p for p in adapter.placements if p not in whole and p not in tokens]
-    kind = _method(d, rest, rank)
+    d.kind = _method(d, rest)
     with torch.no_grad():
-        if kind == "LORA":
-            _lora(d, rest, rank)
-        elif kind == "ADALORA":
-            _adalora(d, rest)
-        elif kind == "OFT":
-            _oft(d, rest)
-        elif kind is not None:
-            _products(d, rest, kind)
-        kind = _tokens(d, tokens, kind) if tokens else kind or "LORA"
-        _whole(d, whole, kind)
-    text = json.dumps(_config(d, kind), indent=2, sort_keys=True)
-
-    def save_text(file: Path) -> None:
-        file.write_text(text, encoding="utf-8")
-
+        if d.kind:
+            _WRITERS[d.kind](d, rest)
+        if tokens:
+            _tokens(d, tokens)
+        d.kind = d.kind or "LORA"
+        _whole(d, whole)
+    text = json.dumps(_config(d), indent=2, sort_keys=True)
     io.atomically(folder / WEIGHTS, lambda file: save_file(d.tensors, file, {"format": "pt"}))
-    io.atomically(folder / CONFIG, save_text)
-    return ExportReport(folder, kind, len(adapter), d.errors, tuple(d.notes))
+    io.atomically(folder / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
+    return ExportReport(folder, d.kind, len(adapter), d.errors, tuple(d.notes))
 
 
-def _config(d: _Draft, kind: str) -> dict[str, Any]:
+def _config(d: _Draft) -> dict[str, Any]:
     cls = type(d.adapter.model)
     cls = getattr(cls, "grafted_base", cls)
     mapping: dict[str, Any] = {"auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__}}
@@ -282,15 +318,15 @@ def _config(d: _Draft, kind: str) -> dict[str, Any]:
     if any(type(d.modules[t]).__name__ == "Conv1D" for t in targets):
         d.settings["fan_in_fan_out"] = True
     p = d.adapter.recipe.dropout
-    key = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout"}.get(kind)
+    key = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout"}.get(d.kind or "")
     if key and not parameters:
         d.settings[key] = p
     elif p:
         d.notes.append(f"dropout={p} of training, which PEFT has not for these sites")
-    if clash and kind != "TRAINABLE_TOKENS":  # PEFT takes the ends of names
+    if clash and d.kind != "TRAINABLE_TOKENS":  # PEFT takes the ends of names
         targets = "|".join(re.escape(t) for t in targets)
     if parameters:
         d.settings["target_parameters"] = parameters
     name = getattr(d.adapter.model, "name_or_path", None) or None
-    own = {"peft_type": kind, "target_modules": targets, "base_model_name_or_path": name, "inference_mode": True}
+    own = {"peft_type": d.kind, "target_modules": targets, "base_model_name_or_path": name, "inference_mode": True}
     return {**d.settings, **mapping, **own, "peft_version": VERSION}
