@@ -7,17 +7,8 @@ figure, and returns the worst figures that it met. All arithmetic is float64.
 """
 
 from rankwise.testing.compare import Figures, check_operator, randomise, truth, worst
-from rankwise.testing.laws import (
-    SAMPLES,
-    accepts,
-    check_init,
-    check_on,
-    check_ranks,
-    check_solver,
-    check_structure,
-    train_step,
-)
-from rankwise.testing.layers import LAYERS, Layer
+from rankwise.testing.laws import accepts, check_init, check_on, check_ranks, check_solver, check_structure, train_step
+from rankwise.testing.layers import LAYERS, SAMPLES, Layer
 
 __all__ = [
     "LAYERS",

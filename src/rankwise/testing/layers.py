@@ -1,4 +1,4 @@
-"""Kinds of layer to check a method on, each inside a model that maps one tensor to one tensor."""
+"""What the laws are tried on: kinds of layer for a structure, sample structures for the other axes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.sites import Sites
+from rankwise.structures import Anchored, LoHa, LoKr, LoRA, Magnitude, SVDForm
 
 
 @final
@@ -99,3 +100,4 @@ LAYERS: tuple[Layer, ...] = (
     Layer("transposed experts", lambda: Experts(True), _normal(6, 12), Sites(), rowwise=False),
     Layer("fused rows", _alone(nn.Linear, 12, 24), _normal(5, 12), _FUSED),
 )
+SAMPLES = (LoRA(4), SVDForm(4), LoKr(4), LoHa(4), Magnitude(LoRA(4)), Anchored(LoRA(4)), Anchored(SVDForm(4)))

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import ConversionError, FileFormatError
-from rankwise.formats.peft.config import MERGE, RESAVE, pattern
+from rankwise.formats.peft.config import RESAVE, pattern
 from rankwise.formats.peft.layout import Place, check, ours
 from rankwise.host import LAYER, Site, host_of
-from rankwise.ops.linalg import truncated_svd
+from rankwise.inits import Principal
 from rankwise.structures import OFT, Anchored, HiRA, LoHa, LoKr, LoRA, Magnitude, Structure, SVDForm
+from rankwise.structures.wrappers import named
 
 
 def decode(
@@ -29,14 +30,14 @@ def decode(
     check(kind, site, module)
     try:
         f = ours(kind, place, tensors)
-        r = pattern(config.get("rank_pattern"), place.key, config["r"])
-        alpha = pattern(config.get("alpha_pattern"), place.key, config["lora_alpha" if kind == "LORA" else "alpha"])
-        structure = _STRUCTURES[kind](config, site, f, r, float(alpha))
+        structure = _structure(config, place, f)
     except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
         raise FileFormatError(f"Tensors and settings of {site.name} do not fit each other ({error!r}).") from error
-    pissa = str(config.get("init_lora_weights")).lower() == "pissa" and site.kind != "embedding"
-    if pissa and isinstance(structure, LoRA):
-        f |= _principal(site, module, structure)
+    if kind == "LORA" and str(config.get("init_lora_weights")).lower() == "pissa" and site.kind != "embedding":
+        if site.kind != "linear":
+            raise ConversionError(f"A PiSSA is rebuilt for linear layers; {site.name} is a {site.kind}. {RESAVE}")
+        # the start that PEFT has cut out of the base
+        f |= named("anchor", Principal()(site, structure, host_of(module, LAYER).weight, None))
         structure = Anchored(structure)
     if config.get("use_dora"):
         structure = Magnitude(structure)
@@ -48,6 +49,36 @@ def decode(
     return structure, {k: v.to(torch.promote_types(v.dtype, torch.float32)).contiguous().clone() for k, v in f.items()}
 
 
+def _structure(config: Mapping[str, Any], place: Place, f: dict[str, Tensor]) -> Structure:
+    """The structure of the factors f, which are changed in place where ours are others."""
+    kind, site, key = config["peft_type"], place.candidate.site, place.key
+    r = pattern(config.get("rank_pattern"), key, config["r"])
+    alpha = float(pattern(config.get("alpha_pattern"), key, config["lora_alpha" if kind == "LORA" else "alpha"]))
+    if kind == "LOKR":
+        split = config["decompose_factor"], bool(config.get("decompose_both"))
+        # of two whole factors the rank is no size, it may be above all of them
+        return LoKr(None, alpha / r, *split) if {"c", "d"} <= f.keys() else LoKr(r, alpha, *split)
+    if kind == "OFT":
+        terms = config["num_cayley_neumann_terms"] if config["use_cayley_neumann"] else None
+        q = f["q"]
+        block = round((1 + (1 + 8 * q.shape[-1]) ** 0.5) / 2)
+        q = q.expand(site.cols // block, -1) if len(q) == 1 else q
+        # PEFT rotates x R(q), we W R: the transpose. Its inverse branch is the transpose already.
+        f["q"] = q if terms is None else -q
+        return OFT(block, 4 if terms == 3 else terms)  # its 3 terms are our 4
+    if kind == "ADALORA":
+        first, alpha, r = config["init_r"], config["lora_alpha"], len(f.get("e", ()))
+        if r > min(site.rows, site.cols):
+            f["b"], f["e"] = f["b"] * f["e"], torch.ones(min(site.rows, site.cols))
+        kept = _fit(f, site, r)
+        return SVDForm(kept, (alpha if alpha > 0 else first) / (first + 1e-5) * kept)  # whatever the rank is by now
+    kept = _fit(f, site, r)
+    if kind == "LORA":
+        rule, power = ("alpha/sqrt(r)", 0.5) if config.get("use_rslora") else ("alpha/r", 1)
+        return LoRA(kept, alpha * (kept / r) ** power, rule)
+    return HiRA(kept) if kind == "HIRA" else LoHa(kept, alpha / r * kept)
+
+
 def _fit(f: dict[str, Tensor], site: Site, r: int) -> int:
     """Give products b @ a of rank r no more than the matrix can hold; returns the rank that is left."""
     most = min(site.rows, site.cols)
@@ -57,58 +88,3 @@ def _fit(f: dict[str, Tensor], site: Site, r: int) -> int:
             eye = torch.eye(most, dtype=product.dtype).expand(*product.shape[:-2], -1, -1)
             f[b], f[a] = (eye, product) if site.rows <= site.cols else (product, eye)
     return min(r, most)
-
-
-def _lora(config: Mapping[str, Any], site: Site, f: dict[str, Tensor], r: int, alpha: float) -> Structure:
-    rule, power = ("alpha/sqrt(r)", 0.5) if config.get("use_rslora") else ("alpha/r", 1)
-    kept = _fit(f, site, r)
-    return LoRA(kept, alpha * (kept / r) ** power, rule)
-
-
-def _principal(site: Site, module: Any, structure: LoRA) -> dict[str, Tensor]:
-    """The start that PiSSA cut out of the base, by the exact SVD."""
-    if site.kind != "linear":
-        raise ConversionError(f'init_lora_weights="pissa" is rebuilt for linear layers; found {site.name}. {RESAVE}')
-    u, s, v = truncated_svd(host_of(module, LAYER).weight().detach().float(), structure.rank)
-    root = (s / structure.scale).sqrt()
-    return {"anchor_b": u * root, "anchor_a": root.unsqueeze(-1) * v.mT}
-
-
-def _adalora(config: Mapping[str, Any], site: Site, f: dict[str, Tensor], r: int, alpha: float) -> Structure:
-    first, alpha, r = config["init_r"], config["lora_alpha"], len(f.get("e", ()))
-    scale = (alpha if alpha > 0 else first) / (first + 1e-5)  # PEFT's, whatever the rank is by now
-    if r > min(site.rows, site.cols):
-        f["b"], f["e"] = f["b"] * f["e"], torch.ones(min(site.rows, site.cols))
-    kept = _fit(f, site, r)
-    return SVDForm(kept, scale * kept)
-
-
-def _loha(config: Mapping[str, Any], site: Site, f: dict[str, Tensor], r: int, alpha: float) -> Structure:
-    kept = _fit(f, site, r)
-    return LoHa(kept, alpha / r * kept)
-
-
-def _lokr(config: Mapping[str, Any], site: Site, f: dict[str, Tensor], r: int, alpha: float) -> Structure:
-    factor, both = config["decompose_factor"], bool(config.get("decompose_both"))
-    if {"c", "d"} <= f.keys():  # the rank is then no size, it may be above all of them
-        return LoKr(None, alpha / r, factor, both)
-    return LoKr(r, alpha, factor, both)
-
-
-def _hira(config: Mapping[str, Any], site: Site, f: dict[str, Tensor], r: int, alpha: float) -> Structure:
-    return HiRA(_fit(f, site, r))
-
-
-def _oft(config: Mapping[str, Any], site: Site, f: dict[str, Tensor], r: int, alpha: float) -> Structure:
-    terms = config["num_cayley_neumann_terms"] if config["use_cayley_neumann"] else None
-    if terms is not None and terms < 3:
-        raise ConversionError(f"A rotation takes num_cayley_neumann_terms=3 or more; found {terms}. {MERGE}")
-    q = f["q"]
-    block = round((1 + (1 + 8 * q.shape[-1]) ** 0.5) / 2)
-    q = q.expand(site.cols // block, -1) if len(q) == 1 else q
-    # PEFT rotates x R(q), we W R: the transpose. Its inverse branch is the transpose already.
-    f["q"] = q if terms is None else -q
-    return OFT(block, None if terms is None else max(terms, 4))  # its 3 terms are our 4
-
-
-_STRUCTURES = {"LORA": _lora, "ADALORA": _adalora, "LOHA": _loha, "LOKR": _lokr, "HIRA": _hira, "OFT": _oft}

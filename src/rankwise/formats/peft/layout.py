@@ -6,6 +6,7 @@ B (out, r, 1...); experts side by side, A (experts r, in) and B (out, r experts)
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -104,23 +105,21 @@ class Place:
 
 def places(model: nn.Module, parameters: Iterable[str]) -> list[Place]:
     """Where PEFT keeps the factors of every weight; ``parameters`` are its target_parameters."""
-    modules, wanted = base_modules(model), tuple(parameters)
+    modules, wanted = base_modules(model), tuple(f".{w}" for w in parameters)
     found: list[Place] = []
-    nested: dict[str, list[tuple[str, Candidate]]] = {}
-    for c in candidates(model):
+    wrappers: Counter[str] = Counter()  # one a parameter of target_parameters, the first registered innermost
+    for c in reversed(candidates(model)):
         owner = c.path.rpartition(".")[0]
         full = f"{c.path}.{'weight' if c.slot == LAYER else c.slot}".removeprefix(".")
         if isinstance(modules[c.path], nn.MultiheadAttention):
             found += [Place(c.path, c.path, c)] if c.slot == "in_proj_weight" else []
         elif c.slot != LAYER and isinstance(modules.get(owner), nn.MultiheadAttention):
             found.append(Place(f"{owner}.base_layer.out_proj", owner, c, times=2))
-        elif any(full == w or full.endswith(f".{w}") for w in wanted):
-            nested.setdefault(c.path, []).append((full, c))
+        elif f".{full}".endswith(wanted):
+            found.append(Place(c.path + ".base_layer" * wrappers[c.path], full, c))
+            wrappers[c.path] += 1
         elif c.slot == LAYER:
             found.append(Place(c.path, c.path, c))
-    for path, stack in nested.items():  # a wrapper each, the first registered innermost
-        for depth, (full, c) in enumerate(reversed(stack)):
-            found.append(Place(path + ".base_layer" * depth, full, c))
     return found
 
 

@@ -95,7 +95,7 @@ def _unit(a: Tensor, b: Tensor) -> tuple[LoRA, dict[str, Tensor]]:
 
 
 def _exactly(structure: Structure, f: dict[str, Tensor], rows: int) -> tuple[LoRA, dict[str, Tensor]] | None:
-    """The structure on a weight of so many rows as a LoRA and its factors, a DoRA's magnitude among them, if it is one."""
+    """A LoRA of this map and its factors, a DoRA's magnitude among them, where there is one; rows of the weight."""
     if isinstance(structure, LoRA):
         return structure, f
     if isinstance(structure, Magnitude):
