@@ -1,0 +1,271 @@
+"""The laws: L1 to L4 for a structure on every kind of layer that it accepts, and those of the other axes."""
+
+import contextlib
+import copy
+import io
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise._recipe import Recipe
+from rankwise.adapter import SiteFactors
+from rankwise.attachment import Adapter, attach, load, route, set_active
+from rankwise.errors import IncompatibleAxes, TargetError
+from rankwise.inits import Init
+from rankwise.lifecycle import merge
+from rankwise.ranks import Ranks, carry_out
+from rankwise.solvers import Solver
+from rankwise.structures import Structure
+from rankwise.testing.compare import TOLERANCE, Comparison, Figures, randomise, truth, worst
+from rankwise.testing.layers import LAYERS, SAMPLES, Layer
+
+Stats = Mapping[str, Any] | None
+
+# -- structures ---------------------------------------------------------------------------------
+
+
+def accepts(structure: Structure, layer: Layer) -> bool:
+    """Whether the structure can sit on the layer; it refuses with a TargetError."""
+    with contextlib.suppress(TargetError):
+        attach(layer.make().double(), Recipe(structure, sites=layer.sites))
+        return True
+    return False
+
+
+def check_structure(
+    structure: Structure, layers: Sequence[Layer] = LAYERS, *, known: Iterable[type] = (), tolerance: float = TOLERANCE
+) -> Figures:
+    """L1 to L4 over every kind of layer that the structure accepts.
+
+    Args:
+        structure: the structure, of a rank that fits layers of 8 rows (4, say).
+        layers: kinds of layer; those that it refuses with a TargetError are left out.
+        known: classes that a saved recipe may name: the structure's own, if it is not ours.
+        tolerance: of every comparison, in units of the largest value.
+
+    Returns:
+        The worst figure of each law, and the smallest effect of the random factors.
+    """
+    accepted = [layer for layer in layers if accepts(structure, layer)]
+    assert accepted, f"{structure!r} accepts none of {[layer.name for layer in layers]}"
+    return worst(check_on(structure, layer, known, tolerance) for layer in accepted)
+
+
+def check_on(structure: Structure, layer: Layer, known: Iterable[type] = (), tolerance: float = TOLERANCE) -> Figures:
+    """L1 to L4 on one kind of layer.
+
+    Args:
+        structure: the structure.
+        layer: a kind of layer that it accepts.
+        known: classes that a saved recipe may name.
+        tolerance: of every comparison.
+
+    Returns:
+        The figure of each law, and the effect of the random factors.
+    """
+    torch.manual_seed(0)
+    compare = Comparison(f"{structure!r} on {layer.name}", tolerance)
+    base, x, recipe = layer.make().double().eval(), layer.inputs(3), Recipe(structure, sites=layer.sites)
+    model = copy.deepcopy(base)
+    adapter = attach(model, recipe)
+    if "moves_at_start" not in structure.traits:
+        compare("L2 identity", model(x), base(x))
+    compare.figures["effect"] = randomise(adapter, lambda: model(x))
+    _meaning(compare, model, truth(base, adapter), x)
+    for factors in adapter.sites.values():
+        _batch(compare, factors)
+    if layer.rowwise:
+        _rows(compare, copy.deepcopy(base), recipe, x)
+    _closure(compare, base, adapter, x, known)
+    return compare.figures
+
+
+def _meaning(compare: Comparison, model: nn.Module, dense: nn.Module, x: Tensor) -> None:
+    """L1, in both modes, and for the gradient with respect to the input."""
+    for mode, name in ((True, "training"), (False, "evaluation")):
+        compare("L1 meaning", model.train(mode)(x), dense.train(mode)(x), f", {name}")
+    if x.is_floating_point():
+        z = x.clone().requires_grad_()
+        outputs = model(z), dense(z)
+        along = torch.randn_like(outputs[0])
+        got, want = (torch.autograd.grad(y, z, along)[0] for y in outputs)
+        compare("L1 meaning", got, want, ", gradient of x")
+
+
+@torch.no_grad()
+def _batch(compare: Comparison, factors: SiteFactors) -> None:
+    """L3 for the dense form: stacked factors give stacked weights."""
+    weight, site, f = factors.structure.weight, factors.site, factors.factors()
+    w = torch.randn(*([site.stack] if site.stack else []), site.rows, site.cols, dtype=torch.float64)
+    if site.stack is None:
+        f = {k: torch.stack([v, v + torch.randn_like(v) / 4]) for k, v in f.items()}
+    every = range(site.stack or 2)
+    each = [weight({k: v[i] for k, v in f.items()}, w[i] if site.stack else w) for i in every]
+    compare("L3 batch", weight(f, w), torch.stack(each), ", weight")
+
+
+@torch.no_grad()
+def _rows(compare: Comparison, model: nn.Module, recipe: Recipe, x: Tensor) -> None:
+    """L3 for the map: a batch of several adapters equals each row alone."""
+    for seed, name in enumerate(("one", "two")):
+        randomise(attach(model, recipe, name), lambda: model(x), seed)
+    names, rows = ["two", None, "one", "two"], torch.cat([x, x[:1]])
+    with route(model, names):
+        got = model(rows)
+    for i, name in enumerate(names):
+        with set_active(model, name):
+            compare("L3 batch", got[i : i + 1], model(rows[i : i + 1]), f", row {i}")
+
+
+def _closure(compare: Comparison, base: nn.Module, adapter: Adapter, x: Tensor, known: Iterable[type]) -> None:
+    """L4: it trains a step, saves, loads to the same bits, merges."""
+    model, other, where = adapter.model, copy.deepcopy(base), compare.where
+    train_step(where, model.train(), adapter, x)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        adapter.save(folder)
+        load(other, folder, known=known)
+    with torch.no_grad():  # attention takes another path where something has a gradient
+        y, again = model.eval()(x), other(x)
+    assert torch.equal(again, y), f"L4 closure: {where} is not bit-equal after loading"
+    merge(other)
+    compare("L4 closure", other(x), y, ", merged")
+    now = dict(model.named_parameters())
+    kept = all(torch.equal(p, now[name]) for name, p in base.named_parameters())
+    assert kept, f"L4 closure: training {where} changed the base"
+
+
+def train_step(where: str, model: nn.Module, adapter: Adapter, x: Tensor) -> None:
+    """One optimizer step, in which every trainable factor gets a gradient and moves.
+
+    Args:
+        where: for the error.
+        model: the adapted model, in the mode that is meant.
+        adapter: the adapter.
+        x: a batch.
+    """
+    optimizer, y = adapter.optimizer(lr=1e-3), model(x)
+    (y - torch.randn_like(y)).square().sum().backward()
+    trained = {n: p for n, p in adapter.named_parameters(trainable=True) if p.numel()}
+    silent = [n for n, p in trained.items() if p.grad is None or not p.grad.any()]
+    assert not silent, f"L4 closure: {where} gives no gradient to {silent}"
+    before = {n: p.detach().clone() for n, p in adapter.named_parameters()}
+    optimizer.step()
+    moved = {n for n, p in adapter.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == trained.keys(), f"L4 closure: a step of {where} moves {moved}, not {trained.keys()}"
+
+
+# -- the other axes -----------------------------------------------------------------------------
+
+
+def legal(structures: Sequence[Structure], **axis: Any) -> list[Recipe]:
+    """Recipes of the structures that an axis accepts; all others must be refused at construction."""
+    found: list[Recipe] = []
+    for structure in structures:
+        with contextlib.suppress(IncompatibleAxes):
+            found.append(Recipe(structure, **axis))
+    (value,) = axis.values()
+    fits, taken = [s for s in structures if value.requires <= s.traits], [recipe.structure for recipe in found]
+    assert taken == fits, f"L4 closure: {value!r} accepts {taken}; its traits are those of {fits}"
+    assert found, f"{value!r} accepts none of {structures}"
+    return found
+
+
+def check_init(
+    init: Init, structures: Sequence[Structure] = SAMPLES, *, stats: Stats = None, tolerance: float = TOLERANCE
+) -> Figures:
+    """An init gives every factor, finite, of its shape, the same for one seed, and keeps L2.
+
+    Args:
+        init: the init.
+        structures: structures to try; those without its required traits must be refused.
+        stats: what ``collect`` would have gathered, for inits that read data.
+        tolerance: of L2.
+
+    Returns:
+        The worst figure of L2.
+    """
+    recipes = legal(structures, init=init)
+    return worst(_start(recipe, layer, stats, tolerance) for recipe in recipes for layer in LAYERS)
+
+
+def _start(recipe: Recipe, layer: Layer, stats: Stats, tolerance: float) -> Figures:
+    """The laws of an init on one kind of layer."""
+    compare = Comparison(f"{recipe.init!r} with {recipe.structure!r} on {layer.name}", tolerance)
+    torch.manual_seed(0)
+    base, x = layer.make().double().eval(), layer.inputs(3)
+    adapters = []
+    for model in (copy.deepcopy(base), copy.deepcopy(base)):
+        torch.manual_seed(1)
+        adapters.append(attach(model, recipe.with_(sites=layer.sites), stats=stats))
+    adapter, again = adapters
+    for path, factors in adapter.sites.items():
+        lead = () if factors.site.stack is None else (factors.site.stack,)
+        for name, value in factors.factors().items():
+            what, wanted = f"{compare.where}: {path}/{name}", lead + factors.described[name].shape
+            assert value.shape == wanted, f"{what} has shape {tuple(value.shape)}, not {wanted}"
+            assert value.isfinite().all(), f"{what} is not finite"
+            assert value.equal(again[path][name]), f"{what} ignores the seed"
+    if "moves_at_start" not in recipe.structure.traits:
+        compare("L2 identity", adapter.model(x), base(x))
+    return compare.figures
+
+
+def _two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8)).double()
+
+
+def check_solver(solver: Solver, structures: Sequence[Structure] = SAMPLES) -> Figures:
+    """A solver's groups hold each trainable factor once, and its steps lower a loss.
+
+    Args:
+        solver: the solver.
+        structures: structures to try; those without its required traits must be refused.
+
+    Returns:
+        The largest ratio of the loss after 20 steps to the one before.
+    """
+    return {"loss": max(map(_descent, legal(structures, solver=solver)))}
+
+
+def _descent(recipe: Recipe) -> float:
+    """The laws of a solver with one structure; the ratio of the losses."""
+    where = f"{recipe.solver!r} with {recipe.structure!r}"
+    torch.manual_seed(0)
+    model = _two_layers()
+    x, y = torch.randn(32, 12).double(), torch.randn(32, 8).double()
+    adapter, losses = attach(model, recipe), []
+    groups = adapter.groups(1e-3)
+    assert all(group["params"] and group["name"] for group in groups), f"{where}: empty group"
+    held = sorted(id(p) for group in groups for p in group["params"])
+    assert held == sorted(map(id, adapter.parameters())), f"{where}: its groups do not hold each factor once"
+    optimizer = adapter.optimizer(lr=3e-3)
+    for _ in range(21):
+        loss = (model(x) - y).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0], f"{where}: the loss went from {losses[0]} to {losses[-1]}"
+    return losses[-1] / losses[0]
+
+
+def check_ranks(ranks: Ranks, structures: Sequence[Structure] = SAMPLES, steps: int = 20) -> None:
+    """A rank plan is masks that fit the sites, and carrying it out zeroes what they hide.
+
+    Args:
+        ranks: the plan.
+        structures: structures to try; those without its required traits must be refused.
+        steps: how many optimizer steps to ask for.
+    """
+    for recipe in legal(structures, ranks=ranks):
+        sites = attach(_two_layers(), recipe).sites
+        dims = {name: f.dims for name, factors in sites.items() for f in factors.described.values() if "rank" in f.dims}
+        given = {name: torch.rand(d["rank"]) for name, d in dims.items()}
+        for plan in filter(None, (ranks.plan(step, given) for step in range(1, steps + 1))):
+            for name, mask in plan.masks.items():
+                fits = mask.shape == given[name].shape and set(mask.unique().tolist()) <= {0.0, 1.0}
+                assert fits, f"{ranks!r} with {recipe.structure!r}: no mask of {name}'s ranks: {mask}"
+            carry_out(sites.values(), plan)
