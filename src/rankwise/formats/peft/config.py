@@ -32,20 +32,11 @@ _KNOWN = """
     rank_pattern revision runtime_config target_modules target_parameters target_r task_type tfinal tinit
     token_indices total_step trainable_token_indices use_cayley_neumann use_dora use_effective_conv2d use_rslora
 """
-# setting -> why it cannot be kept
-_LOST = {
-    "alora_invocation_tokens": "aLoRA acts on the tokens after its invocation only",
-    "arrow_config": "Arrow routes every token between several adapters",
-    "coft": "the constraint acts at every step of training",
-    "kasa_config": "KaSA has a diagonal of its own and truncates the base's SVD",
-    "layer_replication": "the model would get new layers; replicate them in the base first",
-    "megatron_config": "the layers are Megatron's; gather them into a plain model first",
-    "monteclora_config": "MonteCLoRA samples its factors",
-    "use_bdlora": "the factors are block-diagonal, in a layout for tensor parallelism",
-    "use_qalora": "the input is pooled over quantisation groups",
-    "velora_config": "VeLoRA changes the backward pass",
-}
-_UNKNOWN = f"PEFT {VERSION} has no such setting; remove it if it only concerns training"
+# settings that change the map, in ways that no structure here expresses
+_LOST = """
+    alora_invocation_tokens arrow_config coft kasa_config layer_replication megatron_config monteclora_config
+    use_bdlora use_qalora velora_config
+"""
 _INITS = {"true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lycoris", "pissa"}
 
 
@@ -63,17 +54,14 @@ def read_config(folder: Path, left: list[str]) -> dict[str, Any]:
         raise FileFormatError(f"A PEFT folder holds a readable {CONFIG}; {folder} does not ({error!r}).") from error
     if kind not in (*METHODS, "TRAINABLE_TOKENS"):
         raise ConversionError(f'Methods of PEFT that are read: {", ".join(METHODS)}; found peft_type="{kind}". {MERGE}')
-    for key, value in found.items():
-        why, off = _LOST.get(key, _UNKNOWN), value in (None, False, 0, "", "none", [], {})
-        if key not in _KNOWN.split() and not off:
-            raise ConversionError(f'The PEFT setting "{key}" cannot be kept ({why}); found {value!r}. {MERGE}')
-        if key not in _KNOWN.split() and why == _UNKNOWN:
-            left.append(f'the unknown setting "{key}", which is off')
+    for key in sorted(found.keys() - set(_KNOWN.split())):
+        if found[key] not in (None, False, 0, "", "none", [], {}):
+            raise ConversionError(f'The PEFT setting "{key}" cannot be kept; found {found[key]!r}. {MERGE}')
+        if key not in _LOST.split():
+            left.append(f'the setting "{key}", which PEFT {VERSION} does not have and is off')
     init = str(found.get("init_lora_weights", found.get("init_weights"))).lower()
     if init not in _INITS:
-        raise ConversionError(
-            f'init_lora_weights="{init}" edits the base, and the file does not hold the edit. {RESAVE}'
-        )
+        raise ConversionError(f'init_lora_weights="{init}" edits the base, and the file lacks the edit. {RESAVE}')
     training = [key for key in ("module_dropout", "rank_dropout") if found.get(key)]
     left += [f"{key}={found[key]}, which acts in PEFT's training only" for key in training]
     return {**_DEFAULTS, **found}

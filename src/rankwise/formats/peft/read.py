@@ -29,6 +29,7 @@ from rankwise.inits import Kaiming, Principal
 from rankwise.model_state import check_model, freeze_base, untied
 from rankwise.sites import Override, Sites, Target
 from rankwise.structures import LoRA, Replace, Stack, Structure, TokenRows
+from rankwise.structures.wrappers import named
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _FACTOR = re.compile(r"(?:(?P<path>.*?)\.)?(?P<leaf>(?:lora|hada|lokr|hira|oft|trainable_tokens)_.+)$")
@@ -41,12 +42,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         flat = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError) as error:
-        raise FileFormatError(
-            f"{file} is damaged, or a pickle with more than tensors in it, which is never run ({error}). Save it again "
-            f"with safetensors."
-        ) from error
-    bad = [k for k, v in flat.items() if not isinstance(v, Tensor) or not torch.isfinite(v).all()]
-    if bad:
+        raise FileFormatError(f"{file} is damaged, or a pickle of more than tensors, never run ({error}).") from error
+    if bad := [k for k, v in flat.items() if not isinstance(v, Tensor) or not torch.isfinite(v).all()]:
         raise FileFormatError(f"{file} holds NaN, infinite values or other objects: {bad[:4]}.")
     return {k.removeprefix("base_model.model."): v for k, v in flat.items()}
 
@@ -60,16 +57,15 @@ class _Loading:
     """What will be put where, and what is told about the rest."""
 
     def __init__(self, model: nn.Module, config: dict[str, Any], left: list[str]) -> None:
-        self.model, self.config, self.left = model, config, left
+        self.config, self.left = config, left
         self.modules: dict[str, Any] = base_modules(model)
         self.places = {p.path: p for p in places(model, config.get("target_parameters") or ())}
         self.placed: dict[str, tuple[Placement, dict[str, Tensor]]] = {}
         self.tied = "refuse"
         head = output_head(model)
         embedding: Any = None if head is None else model.get_input_embeddings()  # type: ignore[operator]
-        paths = {id(module): path for path, module in self.modules.items()}
-        tied = head is not None and getattr(embedding, "weight", None) is head.weight
-        self.ends = [paths[id(m)] for m in (embedding, head)] if tied else []  # of a tied weight
+        tied = (embedding, head) if getattr(embedding, "weight", self) is getattr(head, "weight", None) else ()
+        self.ends = [path for end in tied for path, module in self.modules.items() if module is end]
 
     def put(self, placement: Placement, values: dict[str, Tensor]) -> None:
         path, slot, _ = placement.carriers[0]
@@ -101,9 +97,7 @@ class _Loading:
         elif (name in module._buffers or not saved) and torch.equal(own.detach().cpu().to(value.dtype), value):
             self.left.append(f'"{full}", which equals the base\'s')
         elif name in module._buffers:
-            raise ConversionError(
-                f"{full} is a buffer, which no adapter holds, and differs. Set it in the model first."
-            )
+            raise ConversionError(f"The buffer {full} differs, and no adapter holds one. Set it in the model first.")
         else:
             self.replace(path, name, value)
 
@@ -111,7 +105,13 @@ class _Loading:
 
     def place_factors(self, path: str, tensors: dict[str, Tensor]) -> None:
         """The factors of one site, on the base or on a weight that the file replaces."""
-        place, bias = self.place(path), tensors.pop("lora_B.bias", None)
+        if _plain(path) not in self.modules:
+            raise BaseMismatch(
+                f'This model has no "{_plain(path)}". Load the adapter on the model that it was made for.'
+            )
+        if path not in self.places:
+            raise ConversionError(f"No adapter can sit on {path}. {MERGE}")
+        place, bias = self.places[path], tensors.pop("lora_B.bias", None)
         c, module = place.candidate, self.modules[place.candidate.path]
         tied = self.config.get("ensure_weight_tying") and place.key in self.ends
         if place.key in self.modules and not tied and not targeted(self.config, place.key):
@@ -128,20 +128,9 @@ class _Loading:
             self.fold_bias(place, structure, bias)
         whole = self.placed.pop(f"{c.path}.weight", None) if c.slot == LAYER else None
         if whole is not None:
-            structure, values = Stack(Replace(), structure), {f"second_{k}": v for k, v in values.items()}
+            structure, values = Stack(Replace(), structure), named("second", values)
             values["first_value"] = host_of(module, LAYER).matrix(whole[1]["value"]).contiguous()
         self.put(Placement(c.site, structure, ((c.path, c.slot, False),)), values)
-
-    def place(self, path: str) -> Place:
-        """The weight that a path of the file means."""
-        if _plain(path) not in self.modules:
-            raise BaseMismatch(
-                f'The adapter sits on "{_plain(path)}", which this model does not have. Load it on the model that it '
-                f"was made for (the same class and release of its library)."
-            )
-        if path not in self.places:
-            raise ConversionError(f"No adapter can sit on {path}. {MERGE}")
-        return self.places[path]
 
     def fold_bias(self, place: Place, structure: Structure, bias: Tensor) -> None:
         """S times the bias of lora_B is a new bias of the layer, where it has one."""
@@ -261,7 +250,5 @@ def load(model: nn.Module, path: str | Path, name: str = "default", trainable: b
     with untied(model, loading.tied == "untie"):
         adapter = install(model, name, recipe, placements, values, trainable)
     state = "trainable" if trainable else "frozen (trainable=True to go on training)"
-    print(f"loaded {adapter!r} from PEFT, {state}", file=sys.stderr)
-    for note in left:
-        print(f"  left aside: {note}", file=sys.stderr)
+    print("\n  left aside: ".join([f"loaded {adapter!r} from PEFT, {state}", *left]), file=sys.stderr)
     return adapter

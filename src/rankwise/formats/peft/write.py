@@ -146,22 +146,21 @@ def _lora(d: _Draft, placements: list[Placement]) -> None:
     pairs = {p: _pair(d, p) for p in placements}
     root = all(s.scale_rule == "alpha/sqrt(r)" for s, _ in pairs.values())
     dora = any("magnitude" in f for _, f in pairs.values())
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
+    said: dict[str, tuple[int, float]] = {}
     for p, (s, f) in pairs.items():
         if dora and "magnitude" not in f:
             raise _refuse(p, "its DoRA is of all sites or of none")
-        key, r, alpha = d.put(p, f).key, s.rank, _numerator(s.scale, s.rank, root)
-        if (ranks.setdefault(key, r), alphas.setdefault(key, alpha)) != (r, alpha):
+        key, size = d.put(p, f).key, (s.rank, _numerator(s.scale, s.rank, root))
+        if said.setdefault(key, size) != size:
             raise _refuse(p, "both projections of an attention have one rank and one alpha")
         for head, _, transposed in p.carriers[1:]:
             if not transposed:
                 raise _refuse(p, "it ties only an embedding and the head")
             d.settings["ensure_weight_tying"] = True
             d.add(head, {"lora_A.weight": f["b"].mT, "lora_B.weight": f["a"].mT})
-            ranks[head], alphas[head] = r, alpha
-    d.spread("r", ranks, "rank_pattern")
-    d.spread("lora_alpha", alphas, "alpha_pattern")
+            said[head] = size
+    d.spread("r", {key: r for key, (r, _) in said.items()}, "rank_pattern")
+    d.spread("lora_alpha", {key: alpha for key, (_, alpha) in said.items()}, "alpha_pattern")
     d.settings |= {"use_dora": dora, "use_rslora": root}
 
 
@@ -196,18 +195,16 @@ def _products(d: _Draft, placements: list[Placement]) -> None:
 
 
 def _oft(d: _Draft, placements: list[Placement]) -> None:
-    sizes: dict[str, int] = {}
-    terms: dict[str, int | None] = {}
+    at: dict[str, tuple[int, int | None]] = {}  # block size and terms
     for p in placements:
         assert isinstance(p.structure, OFT)
         q, n = d.factors(p)["q"], p.structure.terms
         if n == 3:
             raise _refuse(p, "its OFT has 4 terms or more")
-        key = d.put(p, {"q": q if n is None else -q}).key
-        sizes[key], terms[key] = p.site.cols // len(q), n
-    d.spread("oft_block_size", sizes)
-    d.spread("num_cayley_neumann_terms", {k: n or 5 for k, n in terms.items()})
-    d.spread("use_cayley_neumann", {k: n is not None for k, n in terms.items()})
+        at[d.put(p, {"q": q if n is None else -q}).key] = p.site.cols // len(q), n
+    d.spread("oft_block_size", {k: block for k, (block, _) in at.items()})
+    d.spread("num_cayley_neumann_terms", {k: n or 5 for k, (_, n) in at.items()})
+    d.spread("use_cayley_neumann", {k: n is not None for k, (_, n) in at.items()})
     d.settings["r"] = 0
 
 
