@@ -9,8 +9,7 @@ from chat_templates import make_tokenizer
 
 from rankwise.errors import DataError
 from rankwise.hf import data
-from rankwise.hf.data import read, split
-from rankwise.hf.data.agree import check_model
+from rankwise.hf.data import check_model, read, split
 from rankwise.hf.data.examples import IGNORE
 
 TEXTS = [{"text": "Hello there"}, {"text": "Paris, the\ncapital"}]

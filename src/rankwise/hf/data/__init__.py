@@ -6,8 +6,7 @@ render(report(train, tokenizer, held_out))
 Trainer(model, args, train_dataset=pack(train), data_collator=Collator(tokenizer, packed=True))
 """
 
-from rankwise.hf.data.agree import check_model
-from rankwise.hf.data.examples import Examples, load, split
+from rankwise.hf.data.examples import Examples, check_model, load, split
 from rankwise.hf.data.pack import Collator, check_packing, pack
 from rankwise.hf.data.read import read
 from rankwise.hf.data.report import render, report

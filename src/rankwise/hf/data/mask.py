@@ -27,8 +27,6 @@ import numpy as np
 from rankwise.errors import DataError
 from rankwise.hf.data.read import Row
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
 Turns = list[dict[str, Any]]
 Tokens = tuple[list[int], list[bool]]  # ids, and beside each whether it is learned
 
@@ -47,17 +45,15 @@ class Encoder:
 
     def __call__(self, row: Row, schema: str) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return ids (T,) and learned (T,) bool of the row's examples: one, but for unrolled dialogues."""
-        prompt: Any = row.fields.get("prompt")
         answer = row.fields["text" if schema == "label" else schema]
+        prompt: Any = {"completion": row.fields.get("prompt"), "messages": []}.get(schema, "")
         if schema == "label":
             ids = self._ids(answer, special=True)
             found = [(ids, [True] * len(ids))]
-        elif schema == "text":
-            found = [self._document("", answer)]
-        elif schema == "completion" and isinstance(prompt, str) and isinstance(answer, str):
+        elif isinstance(prompt, str) and isinstance(answer, str):
             found = [self._document(prompt, answer)]
         else:
-            found = self._dialogue([] if schema == "messages" else prompt, answer, row)
+            found = self._dialogue(prompt, answer, row)
         if not all(any(learn[schema != "label" :]) for _, learn in found):  # nothing predicts the first token
             raise DataError(f"rows teach; the mask of {row.where} is all zero: remove it")
         return [(np.array(ids), np.array(learn)) for ids, learn in found]
@@ -92,9 +88,8 @@ class Encoder:
         if not (self.tokenizer.chat_template and self.tokenizer.is_fast):
             raise DataError(f"messages need a fast tokenizer's chat template; {row.where} finds none: set one")
         template = self.tokenizer.get_chat_template(tools=row.fields.get("tools"))
-        if not asked and _GENERATION.search(template):
-            return [self._marked(messages, row)]
-        return self._unrolled(messages, said, row)
+        marked = not asked and re.search(r"\{%-?\s*generation\s*-?%\}", template)
+        return [self._marked(messages, row)] if marked else self._unrolled(messages, said, row)
 
     def _marked(self, messages: Turns, row: Row) -> Tokens:
         """Take the template's own mask, and add the end-of-turn token if it stops short of that."""

@@ -47,11 +47,9 @@ def pack(examples: Examples, max_length: int = 1024) -> list[dict[str, np.ndarra
 
 
 def _joined(documents: Sequence[Example]) -> dict[str, np.ndarray]:
-    return {
-        "input_ids": np.concatenate([e.input_ids for e in documents]),
-        "labels": np.concatenate([e.labels for e in documents]),
-        "position_ids": np.concatenate([np.arange(len(e)) for e in documents]),
-    }
+    columns = {"input_ids": [e.input_ids for e in documents], "labels": [e.labels for e in documents]}
+    columns["position_ids"] = [np.arange(len(e)) for e in documents]
+    return {name: np.concatenate(parts) for name, parts in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,7 @@ class Collator:
 
         Beside them stands attention_mask (B, T), or if packed position_ids (B, T) and use_cache.
         """
-        pads = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0
-        filler = next(token for token in pads if token is not None)
+        filler = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
         ids, labels = ([f[key] for f in features] for key in ("input_ids", "labels"))
         labels = torch.tensor(labels) if isinstance(labels[0], int) else _padded(labels, IGNORE)
         batch = {"input_ids": _padded(ids, filler), "labels": labels}

@@ -102,8 +102,7 @@ def _rows(name: str, file: Path) -> Iterator[Row]:
     place = "its start"
     try:
         for place, fields in _READERS[file.suffix](file):
-            if isinstance(fields, bytes):
-                fields = json.loads(fields)
+            fields = json.loads(fields) if isinstance(fields, bytes) else fields
             if not isinstance(fields, dict):
                 raise ValueError("it is no JSON object")
             yield Row(fields, f"{name}, {place}" if place else name)
@@ -135,8 +134,7 @@ def _csv(file: Path) -> Iterator[tuple[str, Any]]:
 def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
     from pyarrow.parquet import read_table
 
-    for number, fields in enumerate(read_table(file).to_pylist(), 1):
-        yield f"row {number}", fields
+    return ((f"row {number}", fields) for number, fields in enumerate(read_table(file).to_pylist(), 1))
 
 
 _READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet, ".txt": _plain}
@@ -155,13 +153,11 @@ def _schema(row: Row, wanted: str | None) -> str:
 
 def _check(row: Row, key: str) -> None:
     """Raise unless a column holds text or a conversation."""
-    value, kind = row.fields[key], "text"
-    good = isinstance(value, str)
+    value, kind, good = row.fields[key], "text", isinstance(row.fields[key], str)
     if key == "messages" or (key != "text" and isinstance(value, list)):
         kind = "a list of messages, each with a 'role' and 'content'"
         good = isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
     if not good:
         raise DataError(f"{key!r} is {kind}; {row.where} has {value!r:.80}: mend or remove it")
     if key != "prompt" and (not value or str(value).isspace() or (key == "chosen" and value == row.fields["rejected"])):
-        found = f"{key!r} of {row.where} is empty, or equal to the rejected"
-        raise DataError(f"a row has something to learn; {found}: mend or remove it")
+        raise DataError(f"a row teaches; {key!r} of {row.where} is empty, or equal to the rejected: mend or remove it")
