@@ -89,6 +89,6 @@ def targeted(config: Mapping[str, Any], name: str) -> bool:
     if isinstance(wanted, str) or name in wanted or layers in (None, []):
         return meant(wanted, name)
     at = config.get("layers_pattern") or [r"[^.]*"]
-    found = (re.match(rf"(?:.*?\.)?{p}\.(\d+)\.", name) for p in ([at] if isinstance(at, str) else at))
-    index = next((int(m[1]) for m in found if m), None)
-    return meant(wanted, name) and index in ([layers] if isinstance(layers, int) else layers)
+    block = re.match(rf"(?:.*?\.)?(?:{at if isinstance(at, str) else '|'.join(at)})\.(\d+)\.", name)
+    chosen = [layers] if isinstance(layers, int) else layers
+    return meant(wanted, name) and block is not None and int(block[1]) in chosen

@@ -23,12 +23,12 @@ from rankwise.candidates import base_modules, output_head
 from rankwise.errors import BaseMismatch, ConversionError, FileFormatError
 from rankwise.formats.peft.config import MERGE, meant, read_config, targeted
 from rankwise.formats.peft.decode import decode
-from rankwise.formats.peft.layout import Place, places
+from rankwise.formats.peft.layout import places
 from rankwise.host import LAYER, ParameterHost, host_of
 from rankwise.inits import Kaiming, Principal
 from rankwise.model_state import check_model, freeze_base, untied
 from rankwise.sites import Override, Sites, Target
-from rankwise.structures import LoRA, Replace, Stack, Structure, TokenRows
+from rankwise.structures import LoRA, Replace, Stack, TokenRows
 from rankwise.structures.wrappers import named
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -106,40 +106,32 @@ class _Loading:
     def place_factors(self, path: str, tensors: dict[str, Tensor]) -> None:
         """The factors of one site, on the base or on a weight that the file replaces."""
         if _plain(path) not in self.modules:
-            raise BaseMismatch(
-                f'This model has no "{_plain(path)}". Load the adapter on the model that it was made for.'
-            )
+            raise BaseMismatch(f'This model has no "{_plain(path)}". Load it on the model that it was made for.')
         if path not in self.places:
             raise ConversionError(f"No adapter can sit on {path}. {MERGE}")
         place, bias = self.places[path], tensors.pop("lora_B.bias", None)
         c, module = place.candidate, self.modules[place.candidate.path]
         tied = self.config.get("ensure_weight_tying") and place.key in self.ends
-        if place.key in self.modules and not tied and not targeted(self.config, place.key):
-            self.left.append(f'tensors of "{place.key}", outside of the target modules: PEFT drops them too')
-            return
-        if all(t.numel() == 0 for t in tensors.values()):
-            self.left.append(f'"{place.key}", whose rank is 0')
+        dropped = place.key in self.modules and not tied and not targeted(self.config, place.key)
+        if dropped or all(t.numel() == 0 for t in tensors.values()):
+            why = "outside of the target modules: PEFT drops them too" if dropped else "whose rank is 0"
+            self.left.append(f'tensors of "{place.key}", {why}')
             return
         structure, values = decode(self.config, place, module, tensors)
         pad = getattr(module, "padding_idx", None)
         if pad is not None and ("magnitude" in values or values["a"][:, pad].any()):
             self.left.append(f"the update of {place.key}'s padding row {pad}, which stays the base's")
-        if bias is not None:
-            self.fold_bias(place, structure, bias)
+        if bias is not None:  # times s it is a new bias of the layer, where it has one
+            old = module._parameters.get("bias")
+            if old is None or c.slot != LAYER or not isinstance(structure, LoRA):
+                raise ConversionError(f"lora_bias is kept in the layer's own bias, and {path} has none. {MERGE}")
+            start = self.placed[f"{path}.bias"][1]["value"] if f"{path}.bias" in self.placed else old.detach().float()
+            self.replace(path, "bias", start.cpu() + structure.scale * bias.float())
         whole = self.placed.pop(f"{c.path}.weight", None) if c.slot == LAYER else None
         if whole is not None:
             structure, values = Stack(Replace(), structure), named("second", values)
             values["first_value"] = host_of(module, LAYER).matrix(whole[1]["value"]).contiguous()
         self.put(Placement(c.site, structure, ((c.path, c.slot, False),)), values)
-
-    def fold_bias(self, place: Place, structure: Structure, bias: Tensor) -> None:
-        """S times the bias of lora_B is a new bias of the layer, where it has one."""
-        path = place.candidate.path
-        own = self.modules[path]._parameters.get("bias")
-        if own is None or place.candidate.slot != LAYER or not isinstance(structure, LoRA):
-            raise ConversionError(f"lora_bias is kept in the layer's own bias, and {path} has none. {MERGE}")
-        start = self.placed[f"{path}.bias"][1]["value"] if f"{path}.bias" in self.placed else own.detach().float()
-        self.replace(path, "bias", start.cpu() + structure.scale * bias.float())
 
     def place_tokens(self, path: str, rows: Tensor) -> None:
         """New rows of an embedding, and of the head that shares its weight."""
@@ -161,8 +153,7 @@ class _Loading:
         pad = self.modules[path].padding_idx
         if pad in ids:
             self.left.append(f"the new row of {path}'s padding token {pad}, which stays the base's")
-        order = sorted(range(len(ids)), key=lambda i: ids[i])
-        self.put(Placement(site, structure, carriers), {"rows": rows[order].contiguous()})
+        self.put(Placement(site, structure, carriers), {"rows": rows[torch.tensor(ids).argsort()]})
 
     # -- ties --------------------------------------------------------------------------------------
 
