@@ -119,10 +119,9 @@ def load(
             for kept in fit(learn, max_length, cut, int(ids[0] == tokenizer.bos_token_id)):
                 if classes and ids[-1] in tokenizer.all_special_ids:
                     kept[-1] = len(ids) - 1  # a classifier's closing token survives a cut
-                labels = np.where(learn, ids, IGNORE)[kept].astype(np.int32)
+                labels = np.where(learn, ids, IGNORE)[kept]
                 labels[0] = IGNORE
-                target = classes[i] if classes else labels
-                items.append(Example(ids[kept].astype(np.int32), target, row, len(ids), cut))
+                items.append(Example(ids[kept], classes[i] if classes else labels, row, len(ids), cut))
     return Examples(tuple(items), table.schema, names, table.skipped)
 
 
@@ -146,8 +145,7 @@ def fit(learn: np.ndarray, limit: int, cut: str, bos: int) -> list[np.ndarray]:
     if not cut:
         return [every]
     if cut == "split":
-        pieces = np.split(every, range(limit, len(every), limit))
-        return [piece for piece in pieces if learn[piece[1:]].any()]
+        return [piece for piece in np.split(every, range(limit, len(every), limit)) if learn[piece[1:]].any()]
     if learn[1:limit].any():
         return [every[:limit]]
     first, last = 1 + np.flatnonzero(learn[1:])[[0, -1]]

@@ -44,7 +44,7 @@ class Encoder:
     template_kwargs: Mapping[str, Any]
 
     def __call__(self, row: Row, schema: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return ids (T,) and learned (T,) bool of the row's examples: one, but for unrolled dialogues."""
+        """Return ids (T,) int32 and learned (T,) bool of the row's examples: one, but for unrolled dialogues."""
         answer = row.fields["text" if schema == "label" else schema]
         prompt: Any = {"completion": row.fields.get("prompt"), "messages": []}.get(schema, "")
         if schema == "label":
@@ -56,7 +56,7 @@ class Encoder:
             found = self._dialogue(prompt, answer, row)
         if not all(any(learn[schema != "label" :]) for _, learn in found):  # nothing predicts the first token
             raise DataError(f"rows teach; the mask of {row.where} is all zero: remove it")
-        return [(np.array(ids), np.array(learn)) for ids, learn in found]
+        return [(np.array(ids, np.int32), np.array(learn)) for ids, learn in found]
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
         """Return a text's ids, if asked with the tokenizer's own special tokens; no doubled BOS."""
@@ -120,9 +120,10 @@ class Encoder:
                 elif k < said[-1]:
                     rewritten.append(k)
                 else:
-                    convention = f"an answer is rendered after its prompt, {asked[-30:]!r}"
                     remedy = "add the thought that the template expects, or mark {% generation %} in it"
-                    raise DataError(f"{convention}; message {k + 1} of {row.where} is not: {remedy}")
+                    raise DataError(
+                        f"answers follow {asked[-30:]!r}; message {k + 1} of {row.where} does not: {remedy}"
+                    )
             out = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             # a blank that ends the prompt may come trimmed to (a, a)
             learn = [any(a <= i < b and a < j for a, b in spans) for i, j in out["offset_mapping"]]

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +121,7 @@ def _jsonl(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv(file: Path) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(sys.maxsize)  # the default refuses documents above 128 KiB
+    csv.field_size_limit(2**31 - 1)  # the default refuses documents above 128 KiB
     with file.open(newline="", encoding="utf-8-sig") as lines:
         reader = csv.DictReader(lines, strict=True)
         for fields in reader:

@@ -1,7 +1,7 @@
 """What is in the data, as plain values and as a page for a terminal."""
 
 from collections import Counter
-from itertools import pairwise
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,5 @@ def _runs(example: Example, examples: Examples, tokenizer: Any) -> list[tuple[st
     ids, labels = example.input_ids.tolist(), example.labels
     if isinstance(labels, int):
         return [(tokenizer.decode(ids), False), (f" -> {examples.label_names[labels]}", True)]
-    learned = labels != IGNORE
-    edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
-    return [(tokenizer.decode(ids[a:b]), bool(learned[a])) for a, b in pairwise(edges)]
+    runs = groupby(zip(ids, (labels != IGNORE).tolist(), strict=True), lambda pair: pair[1])
+    return [(tokenizer.decode([i for i, _ in run]), learned) for learned, run in runs]
