@@ -164,8 +164,7 @@ def test_both_directions(case, tmp_path, capsys, record_property):
     rw.load(again, tmp_path / "own")
     assert torch.equal(output(again.eval(), x), output(ours.eval(), x))
 
-    report = rw.export(adapter, tmp_path / "back", to="peft")
-    assert report.exact
+    rw.export(adapter, tmp_path / "back", to="peft")
     back = load_peft(build, tmp_path / "back")
     here = figures(back, theirs, base, x)
     record_property("writes", here)
@@ -411,9 +410,9 @@ def attached(recipe, build=llama):
     return model, adapter
 
 
-def round_trip(recipe, path, build=llama, rank=None):
+def round_trip(recipe, path, build=llama):
     model, adapter = attached(recipe, build)
-    report = rw.export(adapter, path, rank=rank)
+    report = rw.export(adapter, path)
     base = made(build)
     return report, figures(load_peft(build, path), model, base, inputs(base))
 
@@ -441,26 +440,21 @@ MIXED = rw.Sites(targets=("q_proj", "v_proj"), overrides={"v_proj": {"rank": 2, 
 )
 def test_ours_in_peft(recipe, kind, tmp_path):
     report, figure = round_trip(recipe, tmp_path)
-    assert (report.method, report.exact) == (kind, True)
+    assert report.method == kind
     assert figure <= TOLERANCE
 
 
 def test_parts_of_a_fused_projection_become_one_lora(tmp_path):
     sites = rw.Sites(targets="c_attn", parts={"c_attn": ("q", "v")})
-    report, figure = round_trip(rw.recipe("lora", rank=3, sites=sites), tmp_path, gpt2)
-    assert report.exact and figure <= TOLERANCE
+    _, figure = round_trip(rw.recipe("lora", rank=3, sites=sites), tmp_path, gpt2)
+    assert figure <= TOLERANCE
 
 
-def test_what_peft_has_not_is_refused_or_cut_with_its_error_stated(tmp_path):
-    recipe = rw.recipe("dora_lokr", rank=2, sites=QVS)
-    model, adapter = attached(recipe)
-    with pytest.raises(rw.errors.ConversionError, match="rank="):
+def test_what_peft_has_not_is_refused(tmp_path):
+    _, adapter = attached(rw.recipe("dora_lokr", rank=2, sites=QVS))
+    with pytest.raises(rw.errors.ConversionError, match="no such method"):
         rw.export(adapter, tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    full, figure = round_trip(recipe, tmp_path / "full", rank=16)
-    assert not full.exact and full.error < 1e-5 and figure <= TOLERANCE
-    low, _ = round_trip(recipe, tmp_path / "low", rank=2)
-    assert 0.01 < low.error < 1 and "relative error" in str(low)
 
 
 def test_dora_is_of_all_sites_or_of_none(tmp_path):
@@ -471,8 +465,8 @@ def test_dora_is_of_all_sites_or_of_none(tmp_path):
 
 
 def test_one_projection_of_an_attention(tmp_path):
-    report, figure = round_trip(rw.recipe("lora", rank=2, sites=rw.Sites(targets="in_proj_weight")), tmp_path, MHA)
-    assert report.exact and figure <= TOLERANCE
+    _, figure = round_trip(rw.recipe("lora", rank=2, sites=rw.Sites(targets="in_proj_weight")), tmp_path, MHA)
+    assert figure <= TOLERANCE
 
 
 def test_projections_of_an_attention_share_rank_and_alpha(tmp_path):

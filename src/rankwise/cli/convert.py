@@ -14,7 +14,6 @@ def convert(
     out: Annotated[str, Option(help="Folder for the converted adapter.")],
     to: Annotated[str | None, Option(help="Another tool's format: peft.")] = None,
     origin: Annotated[str | None, Option("--from", help="The format that ADAPTER has: peft.")] = None,
-    rank: Annotated[int | None, Option(help="Cut to this rank what the other tool does not have.")] = None,
     overwrite: common.Overwrite = False,
     as_json: common.Json = False,
 ) -> None:
@@ -32,7 +31,7 @@ def convert(
     with verify.whole(out, overwrite) as folder:
         loaded, again = (task.model(model, None, processor) for _ in range(2))
         found = read(loaded, adapter)
-        report = str(rw.export(found, folder, rank=rank) if to else found.save(folder)).replace(str(folder), out)
+        report = str(rw.export(found, folder) if to else found.save(folder)).replace(str(folder), out)
         read_again(again, folder)
-        said = verify.difference(verify.probe(loaded), again, limited=rank is None)  # a cut is meant to differ
+        said = verify.difference(verify.probe(loaded), again)
     common.show(as_json, {"out": out, "report": report, "difference": said}, report, said, f"written to {out}")

@@ -32,16 +32,15 @@ WEIGHTS = "adapter_model.safetensors"
 
 def _refuse(p: Placement, why: str) -> ConversionError:
     return ConversionError(
-        f"PEFT cannot hold {p.structure!r} on {p.site.name} ({p.site.kind}): {why}. Pass rank= to write a plain LoRA "
-        f"cut to that rank, its error stated, or rw.merge and save the model."
+        f"PEFT cannot hold {p.structure!r} on {p.site.name}: {why}. Merge the adapter (rw.merge) and save the model."
     )
 
 
 class _Draft:
     """The file as it grows: its method, tensors and settings, and what it cannot say."""
 
-    def __init__(self, adapter: Adapter, rank: int | None) -> None:
-        self.adapter, self.rank = adapter, rank
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
         self.kind: str | None = None
         self.modules: dict[str, Any] = base_modules(adapter.model)
         parameters = [p.site.name for p in adapter.placements if p.site.kind == "parameter"]
@@ -50,7 +49,6 @@ class _Draft:
         self.settings: dict[str, Any] = {}
         self.targets: list[str] = []
         self.notes: list[str] = []
-        self.errors: dict[str, float] = {}
 
     def factors(self, p: Placement) -> dict[str, Tensor]:
         return {k: io.whole(v) for k, v in self.adapter[p.site.name].items()}
@@ -77,7 +75,7 @@ class _Draft:
         common = Counter(values.values()).most_common(1)[0][0]
         odd = {f"^{re.escape(k)}": v for k, v in values.items() if v != common}
         if odd and patterns is None:
-            raise ConversionError(f"PEFT has one {key} for all sites; found {values}. Pass rank= for a plain LoRA.")
+            raise ConversionError(f"PEFT has one {key} for all sites; found {values}. Make them one, or merge.")
         self.settings |= {key: common} if patterns is None else {key: common, patterns: odd}
 
 
@@ -113,16 +111,6 @@ def _exactly(structure: Structure, f: dict[str, Tensor], rows: int) -> tuple[LoR
     return low and _unit(low.right, low.left)
 
 
-def _cut(structure: Structure, f: dict[str, Tensor], w: Tensor, rank: int) -> tuple[dict[str, Tensor], float]:
-    """Any structure on a dense weight as a pair of this rank at most, and its relative error."""
-    w = w.detach().double()
-    delta = structure.weight({k: v.double() for k, v in f.items()}, w) - w
-    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-    b, a = (u * s.unsqueeze(-2))[..., :rank], vh[..., :rank, :]
-    error = (b @ a - delta).norm() / delta.norm().clamp_min(1e-30)
-    return {"a": a.float(), "b": b.float()}, error.item()
-
-
 def _pair(d: _Draft, p: Placement) -> tuple[LoRA, dict[str, Tensor]]:
     f, structure, path = d.factors(p), p.structure, p.carriers[0][0]
     if isinstance(structure, Stack) and isinstance(structure.first, Replace):
@@ -130,10 +118,7 @@ def _pair(d: _Draft, p: Placement) -> tuple[LoRA, dict[str, Tensor]]:
         structure, f = structure.second, under("second", f)
     found = _exactly(structure, f, p.site.rows)
     if found is None:
-        if d.rank is None:
-            raise _refuse(p, "it has no such method")
-        pair, d.errors[p.site.name] = _cut(structure, f, io.whole(d.host(p).weight()), d.rank)
-        return _unit(**pair)
+        raise _refuse(p, "it has no such method")
     if "magnitude" in found[1]:
         if p.site.kind == "parameter" or len(p.carriers) > 1:
             raise _refuse(p, "its DoRA takes no bare parameters and no tied heads")
@@ -256,18 +241,16 @@ def _whole(d: _Draft, placements: list[Placement]) -> None:
 # -- the files ----------------------------------------------------------------------------------
 
 
-def _method(d: _Draft, placements: list[Placement]) -> str | None:
-    """The one method of all sites, or LoRA where they have none in common or are cut to it."""
+def _method(d: _Draft, placements: list[Placement]) -> str:
+    """The one method of all sites, or LoRA where they have none in common."""
     kinds = {m.structure: kind for kind, m in METHODS.items()}
     found = {kinds.get(type(p.structure), "LORA") for p in placements}
-    if not found:
-        return None
     kind = found.pop()
     fits = not found and {layer_of(p.site, d.modules[p.carriers[0][0]]) for p in placements} <= {*METHODS[kind].layers}
-    return kind if fits and (d.rank is None or kind == "ADALORA") else "LORA"
+    return kind if fits else "LORA"
 
 
-def write(adapter: Adapter, path: str | Path, rank: int | None = None) -> ExportReport:
+def write(adapter: Adapter, path: str | Path) -> ExportReport:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` for PEFT 0.21.2.
 
     A PiSSA is written as plain LoRA of twice the rank, so that nothing is recomputed on load. Settings that are not
@@ -276,20 +259,19 @@ def write(adapter: Adapter, path: str | Path, rank: int | None = None) -> Export
     Args:
         adapter: the adapter, on its model.
         path: folder to write into.
-        rank: of the plain LoRA that stands in for a structure which PEFT does not have.
 
     Returns:
-        What was written and how exact it is.
+        What was written, and what the format cannot say.
 
     Raises:
-        ConversionError: a structure or a site that PEFT cannot hold, and no rank was given.
+        ConversionError: a structure or a site that PEFT cannot hold.
         SaveError: the disk is full or not writable.
     """
-    d, folder = _Draft(adapter, rank), Path(path)
+    d, folder = _Draft(adapter), Path(path)
     whole = [p for p in adapter.placements if isinstance(p.structure, Replace)]
     tokens = [p for p in adapter.placements if isinstance(p.structure, TokenRows)]
     rest = [p for p in adapter.placements if p not in whole and p not in tokens]
-    d.kind = _method(d, rest)
+    d.kind = _method(d, rest) if rest else None
     with torch.no_grad():
         if d.kind:
             _WRITERS[d.kind](d, rest)
@@ -300,12 +282,11 @@ def write(adapter: Adapter, path: str | Path, rank: int | None = None) -> Export
     text = json.dumps(_config(d), indent=2, sort_keys=True)
     io.atomically(folder / WEIGHTS, lambda file: save_file(d.tensors, file, {"format": "pt"}))
     io.atomically(folder / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
-    return ExportReport(folder, d.kind, len(adapter), d.errors, tuple(d.notes))
+    return ExportReport(folder, d.kind, len(adapter), tuple(d.notes))
 
 
 def _config(d: _Draft) -> dict[str, Any]:
-    cls = type(d.adapter.model)
-    cls = getattr(cls, "grafted_base", cls)
+    cls = getattr(d.adapter.model, "grafted_base", type(d.adapter.model))
     mapping: dict[str, Any] = {"auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__}}
     if cls.__name__.endswith(("ForCausalLM", "LMHeadModel")):
         mapping = {"task_type": "CAUSAL_LM"}
