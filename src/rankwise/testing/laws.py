@@ -102,8 +102,7 @@ def _batch(compare: Comparison, factors: SiteFactors) -> None:
     w = torch.randn(*([site.stack] if site.stack else []), site.rows, site.cols, dtype=torch.float64)
     if site.stack is None:
         f = {k: torch.stack([v, v + torch.randn_like(v) / 4]) for k, v in f.items()}
-    every = range(site.stack or 2)
-    each = [weight({k: v[i] for k, v in f.items()}, w[i] if site.stack else w) for i in every]
+    each = [weight({k: v[i] for k, v in f.items()}, w[i] if site.stack else w) for i in range(site.stack or 2)]
     compare("L3 batch", weight(f, w), torch.stack(each), ", weight")
 
 

@@ -120,10 +120,8 @@ class Encoder:
                 elif k < said[-1]:
                     rewritten.append(k)
                 else:
-                    remedy = "add the thought that the template expects, or mark {% generation %} in it"
-                    raise DataError(
-                        f"answers follow {asked[-30:]!r}; message {k + 1} of {row.where} does not: {remedy}"
-                    )
+                    mend = "add the thought that the template expects, or mark {% generation %} in it"
+                    raise DataError(f"answers follow {asked[-30:]!r}; message {k + 1} of {row.where} does not: {mend}")
             out = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             # a blank that ends the prompt may come trimmed to (a, a)
             learn = [any(a <= i < b and a < j for a, b in spans) for i, j in out["offset_mapping"]]
