@@ -230,9 +230,8 @@ def check_model(tokenizer: Any, model: Any, examples: Any = None) -> None:
     top, where = max([(tokenizer.pad_token_id or 0, "its padding token"), *used])
     spare = sum(i >= rows for i in tokenizer.get_added_vocab().values()) if items else 0
     if top >= rows or len(tokenizer) - spare > rows:
-        found = f"it has {rows}, the tokenizer {len(tokenizer)} tokens ({where} uses number {top})"
-        remedy = "use the model's own, or call model.resize_token_embeddings(len(tokenizer))"
-        raise DataError(f"the model's embedding has a row for each token; {found}: {remedy}")
+        found = f"it has {rows}, the tokenizer {len(tokenizer)} ({where} uses number {top})"
+        raise DataError(f"embeddings have a row a token; {found}: take the model's own, or resize_token_embeddings")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     size, where = max(((len(item), item.row.where) for item in items), default=(0, ""))
     if context is not None and size > context:
