@@ -18,26 +18,9 @@ if TYPE_CHECKING:
     from rankwise.sites import Sites, Target
 
 __all__ = [
-    "Adapter",
-    "Recipe",
-    "Sites",
-    "Target",
-    "__version__",
-    "adapters",
-    "attach",
-    "catalogue",
-    "disabled",
-    "errors",
-    "export",
-    "load",
-    "merge",
-    "merged",
-    "recipe",
-    "recipes",
-    "route",
-    "set_active",
-    "targets",
-]
+    "Adapter", "Recipe", "Sites", "Target", "__version__", "adapters", "attach", "catalogue", "disabled", "errors",
+    "export", "load", "merge", "merged", "recipe", "recipes", "route", "set_active", "targets",
+]  # fmt: skip
 
 _HOMES = {
     "_recipe": ("Recipe",),

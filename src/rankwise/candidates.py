@@ -1,7 +1,5 @@
 """The weights of a model that could carry an adapter, and what patterns may know of each."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

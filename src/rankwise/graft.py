@@ -6,8 +6,6 @@ property of its name, so that the module's own code reads the adapted tensor. No
 hooked or renamed (``torch.nn.utils.parametrize`` would rename the parameter).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from types import MethodType

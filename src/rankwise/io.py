@@ -5,8 +5,6 @@ the recipe, the placements, the library's version and a fingerprint of the base.
 nothing is recomputed on load.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Methods by name: our recipes and those of installed plug-ins."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 from collections.abc import Callable

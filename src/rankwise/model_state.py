@@ -1,7 +1,5 @@
 """The model around the adapters: may it be adapted, and what must step aside while it is."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """From patterns to placements: which weights of a model a recipe adapts, and with what."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace

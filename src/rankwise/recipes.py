@@ -4,8 +4,6 @@ The axes that every method shares (``sites``, ``dropout``, ``base``, ``lr``, ``r
 ``solver``, ``penalties``) pass through ``**axes`` to :class:`rankwise.Recipe`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from rankwise._recipe import Recipe
@@ -14,21 +12,9 @@ from rankwise.solvers import LoRAPlus
 from rankwise.structures import OFT, Anchored, HiRA, LoHa, LoKr, LoRA, Magnitude, SVDForm
 
 __all__ = [
-    "dora",
-    "dora_lokr",
-    "dora_svd",
-    "hira",
-    "krona",
-    "loha",
-    "lokr",
-    "lora",
-    "lora_plus",
-    "oft",
-    "pissa",
-    "pissa_lora_plus",
-    "rslora",
-    "svd",
-]
+    "dora", "dora_lokr", "dora_svd", "hira", "krona", "loha", "lokr", "lora", "lora_plus", "oft", "pissa",
+    "pissa_lora_plus", "rslora", "svd",
+]  # fmt: skip
 
 
 def _recipe(axes: dict[str, Any], **defaults: Any) -> Recipe:

@@ -6,8 +6,6 @@ only where an installed package declares it in the entry points ``rankwise.struc
 caller hands it over (``known=``).
 """
 
-from __future__ import annotations
-
 import functools
 import numbers
 from collections.abc import Callable, Iterable, Mapping

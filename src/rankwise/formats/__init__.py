@@ -1,7 +1,5 @@
 """Adapter files of other tools, read and written exactly, or refused with the reason."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rankwise.attachment import Adapter

@@ -4,8 +4,6 @@ A checkpoint folder holds the adapter's own file and what transformers needs to 
 scheduler, random states, trainer state); no weight of the base, and nothing that is unpickled.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """The reference policy of DPO, KTO and GRPO: the same weights with the trained adapters off."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Sequence

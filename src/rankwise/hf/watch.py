@@ -1,7 +1,5 @@
 """Checks while training: every site learns, and nothing that is not a number goes unnoticed."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

@@ -24,20 +24,6 @@ def host_of(module: nn.Module, slot: str) -> LayerHost | ParameterHost:
 
 
 __all__ = [
-    "KINDS",
-    "LAYER",
-    "Adapted",
-    "Conv1DHost",
-    "ConvHost",
-    "EmbeddingHost",
-    "Host",
-    "LayerHost",
-    "LinearHost",
-    "ParameterHost",
-    "Site",
-    "Stored",
-    "Through",
-    "TransposedHost",
-    "host_of",
-    "kind_of",
-]
+    "KINDS", "LAYER", "Adapted", "Conv1DHost", "ConvHost", "EmbeddingHost", "Host", "LayerHost", "LinearHost",
+    "ParameterHost", "Site", "Stored", "Through", "TransposedHost", "host_of", "kind_of",
+]  # fmt: skip

@@ -7,8 +7,6 @@ right factor, then that group's rows of the left one. A batch of operators (B, .
 into the groups.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import prod
 from typing import final

@@ -4,8 +4,6 @@ x holds indices (*batch, tokens). An adapter's dropout acts on the looked-up row
 belongs to the base and never moves. Embeddings with a scale (``embed_scale``) scale the update too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import final
 

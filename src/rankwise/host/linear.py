@@ -3,8 +3,6 @@
 Shapes: x (*batch, tokens, in), W (out, in); Conv1D stores (in, out).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import final
 

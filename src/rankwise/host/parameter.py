@@ -5,8 +5,6 @@ for structures that replace a tensor whole, biases and norms. There is no map to
 adapted tensor: a bare parameter is adapted by reading it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import final
 

@@ -4,8 +4,6 @@ An init gives the starting values of a structure that wraps no other; wrappers c
 (:meth:`rankwise.structures.Structure.start`). Stacked sites (experts) call it once a matrix.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, final

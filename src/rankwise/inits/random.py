@@ -1,7 +1,5 @@
 """Inits that draw: uniform, normal, orthonormal. Shapes are those of each factor."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import final
 

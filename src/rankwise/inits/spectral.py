@@ -1,7 +1,5 @@
 """Inits from the weight's own spectrum."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final

@@ -1,7 +1,5 @@
 """Merging: the adapters become the weights. Computed in float32 (at least), written once."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager

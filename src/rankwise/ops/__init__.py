@@ -4,14 +4,6 @@ from rankwise.ops.atoms import BlockDiagonal, Dense, Diagonal, Hadamard, Kroneck
 from rankwise.ops.operator import LinearOperator, LowRank
 
 __all__ = [
-    "BlockDiagonal",
-    "Dense",
-    "Diagonal",
-    "Hadamard",
-    "Kronecker",
-    "LinearOperator",
-    "LowRank",
-    "Product",
-    "Scaled",
+    "BlockDiagonal", "Dense", "Diagonal", "Hadamard", "Kronecker", "LinearOperator", "LowRank", "Product", "Scaled",
     "Sum",
-]
+]  # fmt: skip

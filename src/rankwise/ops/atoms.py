@@ -4,8 +4,6 @@ Dynamo cannot trace ``@`` on user objects, hence ``Product(l, r)`` and not ``l @
 Letters: M rows, N columns, r rank, T tokens, k blocks, b block size; (*batch) everywhere.
 """
 
-from __future__ import annotations
-
 from typing import final
 
 import torch

@@ -1,7 +1,5 @@
 """The few decompositions that the methods share: truncated SVD, Cayley map, near-square splits."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """The ranks axis: rank over time, as data. A plan is masks on the rank dim, never a reshape."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """AdamW, with one rate or with two (LoRA+)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, final

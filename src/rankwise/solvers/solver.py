@@ -1,7 +1,5 @@
 """The solver axis: in which geometry a step is taken."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any

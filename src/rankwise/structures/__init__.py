@@ -8,23 +8,6 @@ from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
-    "OFT",
-    "Additive",
-    "Anchored",
-    "Factor",
-    "Factors",
-    "Gate",
-    "HiRA",
-    "LoHa",
-    "LoKr",
-    "LoRA",
-    "Magnitude",
-    "Replace",
-    "Rotation",
-    "Rows",
-    "SVDForm",
-    "Stack",
-    "Start",
-    "Structure",
-    "TokenRows",
-]
+    "OFT", "Additive", "Anchored", "Factor", "Factors", "Gate", "HiRA", "LoHa", "LoKr", "LoRA", "Magnitude",
+    "Replace", "Rotation", "Rows", "SVDForm", "Stack", "Start", "Structure", "TokenRows",
+]  # fmt: skip

@@ -1,7 +1,5 @@
 """Structures whose update is exactly low rank. b (out, rank), a (rank, in), e (rank,)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import final
 

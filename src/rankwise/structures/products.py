@@ -1,7 +1,5 @@
 """Kronecker and Hadamard products: more rank for the same number of parameters."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import final
 

@@ -1,7 +1,5 @@
 """Rotations of the input space. q (blocks, b(b-1)/2) holds the skew-symmetric generators."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import final
 

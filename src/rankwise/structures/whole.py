@@ -1,7 +1,5 @@
 """Structures that replace a tensor, or rows of it, by trained values: heads, norms, new tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final

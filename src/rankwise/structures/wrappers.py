@@ -1,7 +1,5 @@
 """Wrappers: structures around a structure. Their factors are the inner ones and a few more."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar, final

@@ -11,19 +11,6 @@ from rankwise.testing.laws import accepts, check_init, check_on, check_ranks, ch
 from rankwise.testing.layers import LAYERS, SAMPLES, Layer
 
 __all__ = [
-    "LAYERS",
-    "SAMPLES",
-    "Figures",
-    "Layer",
-    "accepts",
-    "check_init",
-    "check_on",
-    "check_operator",
-    "check_ranks",
-    "check_solver",
-    "check_structure",
-    "randomise",
-    "train_step",
-    "truth",
-    "worst",
-]
+    "LAYERS", "SAMPLES", "Figures", "Layer", "accepts", "check_init", "check_on", "check_operator", "check_ranks",
+    "check_solver", "check_structure", "randomise", "train_step", "truth", "worst",
+]  # fmt: skip

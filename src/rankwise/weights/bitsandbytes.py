@@ -3,8 +3,6 @@
 The library is imported only where one of its modules is already in the model.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, final
 

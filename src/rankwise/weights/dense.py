@@ -1,7 +1,5 @@
 """Plain floating-point weights: float64, float32, bfloat16, float16, DTensors included."""
 
-from __future__ import annotations
-
 from typing import Any, final
 
 import torch

@@ -3,8 +3,6 @@
 Shapes: a linear weight is (out, in) whatever the storage; activations are (*, in).
 """
 
-from __future__ import annotations
-
 import copy
 from abc import ABC, abstractmethod
 from typing import Any, final

@@ -1,7 +1,5 @@
 """``adapter_config.json``: which settings there are, what they default to, and which cannot be kept."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

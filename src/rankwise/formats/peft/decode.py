@@ -1,7 +1,5 @@
 """PEFT's tensors of one site and its settings as our structure and its factors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Ours: a (*experts, r, in), b (*experts, out, r), a convolution's kernel folded i
 B (out, r, 1...); experts side by side, A (experts r, in) and B (out, r experts).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """From a PEFT folder to an adapter on the plain model."""
 
-from __future__ import annotations
-
 import pickle
 import re
 import sys

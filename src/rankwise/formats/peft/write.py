@@ -1,7 +1,5 @@
 """From an adapter to a PEFT folder."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
