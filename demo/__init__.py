@@ -97,7 +97,7 @@ def run(folder: Path, methods: Sequence[str] = METHODS) -> dict[str, Any]:
     found = compare(folder, methods, progress.print)
     quiet()
     adapters = [m for m in methods if (folder / m / "adapter.safetensors").exists()]
-    best = min(adapters, key=lambda m: found[m]["seeds"][0]["python"])
+    best = min(adapters, key=lambda m: sum(seed["python"] for seed in found[m]["seeds"]))
     checked = verify(folder, best)
     rows = report.rows(found, checked["start"])
     screen.print(report.table(rows, checked["start"]))

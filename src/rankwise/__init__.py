@@ -39,10 +39,4 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"rankwise.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'rankwise' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"rankwise.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PACKAGES})
+    return getattr(importlib.import_module(f"rankwise.{_HOME[name]}"), name)

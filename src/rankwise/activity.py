@@ -65,9 +65,8 @@ class Activity:
         """
         if self.depth and self.thread != threading.get_ident():
             raise ActivityError(
-                "The choice of active adapters belongs to one thread at a time; another thread is "
-                "inside set_active, disabled or route on this model. Leave that context first, or "
-                "give each thread a model of its own (copy.copy shares no choice; copy.deepcopy)."
+                "The choice of active adapters belongs to one thread at a time; another is inside set_active, disabled "
+                "or route on this model. Leave that context first, or give each thread a copy.deepcopy of the model."
             )
 
 
@@ -80,9 +79,6 @@ class Record:
 
     def __reduce__(self) -> tuple[type[Record], tuple[()]]:
         return Record, ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Record:
-        return Record()
 
     def choose(self, activity: Activity) -> Choice:
         """The choice for the forward that is about to run.
@@ -148,6 +144,4 @@ class Chosen:
 
 def normalise(names: str | Sequence[str] | None) -> tuple[str, ...]:
     """Names as a tuple: None is no adapter, a string one."""
-    if names is None:
-        return ()
-    return (names,) if isinstance(names, str) else tuple(names)
+    return (names,) if isinstance(names, str) else tuple(names or ())

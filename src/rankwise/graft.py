@@ -85,12 +85,8 @@ def _layer_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
         kind = kind_of(self)
         assert kind is not None
         layer: LayerHost = kind(self, 0.0, *args, **kwargs)
-        transposed = self.__dict__.get("grafted_transposed", False)
-        host: Host = TransposedHost(layer) if transposed else layer
-        if routed:
-            y = layer.finish(x, run_routed(holder, choice.rows, host, x))
-        else:
-            y = layer.finish(x, run_levels(levels, host, x))
+        host: Host = TransposedHost(layer) if "grafted_transposed" in self.__dict__ else layer
+        y = layer.finish(x, run_routed(holder, choice.rows, host, x) if routed else run_levels(levels, host, x))
         holder.note(choice, y)
         return y
 
@@ -131,16 +127,12 @@ def graft_class(base: type[nn.Module], layer: bool, names: tuple[str, ...] = ())
         "__reduce_ex__": _reduce,
     }
     for name in names:
-        body[name] = property(functools.partial(_read, name=name))
+        body[name] = property(functools.partial(adapted_value, name=name))
     if layer:
         body["forward"] = _layer_forward(base)
     elif base.forward is not nn.Module.forward:
         body["forward"] = _parameter_forward(base, names)
     return type(base.__name__, (base, Grafted), body)
-
-
-def _read(self: nn.Module, name: str) -> Tensor:
-    return adapted_value(self, name)
 
 
 def put(module: nn.Module, adapter: str, slot: str, factors: SiteFactors, registry: Any) -> None:

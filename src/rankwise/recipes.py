@@ -9,7 +9,7 @@ from typing import Any
 from rankwise._recipe import Recipe
 from rankwise.inits import Gaussian, Principal
 from rankwise.solvers import LoRAPlus
-from rankwise.structures import OFT, Anchored, HiRA, LoHa, LoKr, LoRA, Magnitude, SVDForm
+from rankwise.structures import OFT, Anchored, HiRA, LoHa, LoKr, LoRA, Magnitude, Structure, SVDForm
 
 __all__ = [
     "dora", "dora_lokr", "dora_svd", "hira", "krona", "loha", "lokr", "lora", "lora_plus", "oft", "pissa",
@@ -17,8 +17,14 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _recipe(axes: dict[str, Any], **defaults: Any) -> Recipe:
-    return Recipe(**{**defaults, **axes})
+def _recipe(
+    axes: dict[str, Any], name: str, lr: float, structure: Structure, paper: str = "", **defaults: Any
+) -> Recipe:
+    return Recipe(**{"structure": structure, "lr": lr, "name": name, "paper": paper, **defaults, **axes})
+
+
+def _lora(rank: int, alpha: float | None) -> LoRA:
+    return LoRA(rank, rank if alpha is None else alpha)
 
 
 def lora(rank: int = 16, alpha: float | None = None, **axes: Any) -> Recipe:
@@ -42,8 +48,7 @@ def lora(rank: int = 16, alpha: float | None = None, **axes: Any) -> Recipe:
         Hu et al. 2021, arXiv 2106.09685. Deviation: the paper's A is Gaussian, here uniform as in
         its code.
     """
-    structure = LoRA(rank, rank if alpha is None else alpha)
-    return _recipe(axes, structure=structure, lr=2e-3, name="lora", paper="Hu et al. 2021, arXiv 2106.09685")
+    return _recipe(axes, "lora", 2e-3, _lora(rank, alpha), "Hu et al. 2021, arXiv 2106.09685")
 
 
 def rslora(rank: int = 16, alpha: float = 16.0, **axes: Any) -> Recipe:
@@ -62,9 +67,7 @@ def rslora(rank: int = 16, alpha: float = 16.0, **axes: Any) -> Recipe:
     References:
         Kalajdzievski 2023, arXiv 2312.03732.
     """
-    structure = LoRA(rank, alpha, "alpha/sqrt(r)")
-    paper = "Kalajdzievski 2023, arXiv 2312.03732"
-    return _recipe(axes, structure=structure, lr=1e-3, name="rslora", paper=paper)
+    return _recipe(axes, "rslora", 1e-3, LoRA(rank, alpha, "alpha/sqrt(r)"), "Kalajdzievski 2023, arXiv 2312.03732")
 
 
 def dora(rank: int = 16, alpha: float | None = None, **axes: Any) -> Recipe:
@@ -84,9 +87,7 @@ def dora(rank: int = 16, alpha: float | None = None, **axes: Any) -> Recipe:
         Liu et al. 2024, arXiv 2402.09353. Deviation: under dropout only the update's input is
         dropped, not the base's.
     """
-    structure = Magnitude(LoRA(rank, rank if alpha is None else alpha))
-    paper = "Liu et al. 2024, arXiv 2402.09353"
-    return _recipe(axes, structure=structure, lr=2e-3, name="dora", paper=paper)
+    return _recipe(axes, "dora", 2e-3, Magnitude(_lora(rank, alpha)), "Liu et al. 2024, arXiv 2402.09353")
 
 
 def pissa(rank: int = 16, alpha: float | None = None, iterations: int | None = None, **axes: Any) -> Recipe:
@@ -108,10 +109,14 @@ def pissa(rank: int = 16, alpha: float | None = None, iterations: int | None = N
         Meng et al. 2024, arXiv 2404.02948. Deviation: the start is anchored, not cut out of W, so
         a quantised base is quantised as it is (QPiSSA quantises the residual).
     """
-    structure = Anchored(LoRA(rank, rank if alpha is None else alpha))
-    paper = "Meng et al. 2024, arXiv 2404.02948"
-    defaults = {"structure": structure, "init": Principal(iterations), "lr": 5e-4}
-    return _recipe(axes, **defaults, name="pissa", paper=paper)
+    return _recipe(
+        axes,
+        "pissa",
+        5e-4,
+        Anchored(_lora(rank, alpha)),
+        "Meng et al. 2024, arXiv 2404.02948",
+        init=Principal(iterations),
+    )
 
 
 def loha(rank: int = 8, alpha: float | None = None, **axes: Any) -> Recipe:
@@ -130,9 +135,9 @@ def loha(rank: int = 8, alpha: float | None = None, **axes: Any) -> Recipe:
     References:
         Hyeon-Woo et al. 2021 (FedPara), arXiv 2108.06098; Yeh et al. 2023 (LyCORIS), 2309.14859.
     """
-    structure = LoHa(rank, rank if alpha is None else alpha)
-    paper = "Hyeon-Woo et al. 2021, arXiv 2108.06098"
-    return _recipe(axes, structure=structure, lr=4e-3, name="loha", paper=paper)
+    return _recipe(
+        axes, "loha", 4e-3, LoHa(rank, rank if alpha is None else alpha), "Hyeon-Woo et al. 2021, arXiv 2108.06098"
+    )
 
 
 def lokr(rank: int = 16, alpha: float | None = None, factor: int = -1, **axes: Any) -> Recipe:
@@ -152,9 +157,9 @@ def lokr(rank: int = 16, alpha: float | None = None, factor: int = -1, **axes: A
     References:
         Yeh et al. 2023 (LyCORIS), arXiv 2309.14859.
     """
-    structure = LoKr(rank, rank if alpha is None else alpha, factor)
-    paper = "Yeh et al. 2023, arXiv 2309.14859"
-    return _recipe(axes, structure=structure, lr=4e-3, name="lokr", paper=paper)
+    return _recipe(
+        axes, "lokr", 4e-3, LoKr(rank, rank if alpha is None else alpha, factor), "Yeh et al. 2023, arXiv 2309.14859"
+    )
 
 
 def krona(factor: int = -1, **axes: Any) -> Recipe:
@@ -172,9 +177,7 @@ def krona(factor: int = -1, **axes: Any) -> Recipe:
     References:
         Edalati et al. 2022, arXiv 2212.10650.
     """
-    structure = LoKr(rank=None, alpha=None, factor=factor)
-    paper = "Edalati et al. 2022, arXiv 2212.10650"
-    return _recipe(axes, structure=structure, lr=4e-3, name="krona", paper=paper)
+    return _recipe(axes, "krona", 4e-3, LoKr(None, None, factor), "Edalati et al. 2022, arXiv 2212.10650")
 
 
 def hira(rank: int = 32, **axes: Any) -> Recipe:
@@ -192,8 +195,7 @@ def hira(rank: int = 32, **axes: Any) -> Recipe:
     References:
         Huang et al. 2025, ICLR (OpenReview TwJrTz9cRS).
     """
-    paper = "Huang et al. 2025, ICLR"
-    return _recipe(axes, structure=HiRA(rank), lr=1e-2, name="hira", paper=paper)
+    return _recipe(axes, "hira", 1e-2, HiRA(rank), "Huang et al. 2025, ICLR")
 
 
 def oft(block: int = 32, terms: int | None = None, **axes: Any) -> Recipe:
@@ -213,8 +215,7 @@ def oft(block: int = 32, terms: int | None = None, **axes: Any) -> Recipe:
     References:
         Qiu et al. 2023, arXiv 2306.07280; Qiu et al. 2025 (OFTv2), arXiv 2506.19847.
     """
-    paper = "Qiu et al. 2023, arXiv 2306.07280"
-    return _recipe(axes, structure=OFT(block, terms), lr=2e-3, name="oft", paper=paper)
+    return _recipe(axes, "oft", 2e-3, OFT(block, terms), "Qiu et al. 2023, arXiv 2306.07280")
 
 
 def lora_plus(rank: int = 16, alpha: float | None = None, ratio: float = 16.0, **axes: Any) -> Recipe:
@@ -234,16 +235,8 @@ def lora_plus(rank: int = 16, alpha: float | None = None, ratio: float = 16.0, *
     References:
         Hayou et al. 2024, arXiv 2402.12354.
     """
-    return lora(
-        rank,
-        alpha,
-        **{
-            "solver": LoRAPlus(ratio=ratio),
-            "lr": 5e-4,
-            "name": "lora_plus",
-            "paper": "Hayou et al. 2024, arXiv 2402.12354",
-            **axes,
-        },
+    return _recipe(
+        axes, "lora_plus", 5e-4, _lora(rank, alpha), "Hayou et al. 2024, arXiv 2402.12354", solver=LoRAPlus(ratio=ratio)
     )
 
 
@@ -264,8 +257,7 @@ def svd(rank: int = 16, alpha: float | None = None, **axes: Any) -> Recipe:
         Zhang et al. 2023, arXiv 2303.10512.
     """
     structure = SVDForm(rank, rank if alpha is None else alpha)
-    paper = "Zhang et al. 2023, arXiv 2303.10512"
-    return _recipe(axes, structure=structure, init=Gaussian(0.02), lr=4e-3, name="svd", paper=paper)
+    return _recipe(axes, "svd", 4e-3, structure, "Zhang et al. 2023, arXiv 2303.10512", init=Gaussian(0.02))
 
 
 # -- compositions that no paper names ---------------------------------------------------------
@@ -281,7 +273,7 @@ def dora_lokr(rank: int = 16, **axes: Any) -> Recipe:
     Returns:
         The recipe.
     """
-    return _recipe(axes, structure=Magnitude(LoKr(rank, rank)), lr=4e-3, name="dora_lokr")
+    return _recipe(axes, "dora_lokr", 4e-3, Magnitude(LoKr(rank, rank)))
 
 
 def dora_svd(rank: int = 16, **axes: Any) -> Recipe:
@@ -294,8 +286,7 @@ def dora_svd(rank: int = 16, **axes: Any) -> Recipe:
     Returns:
         The recipe.
     """
-    structure = Magnitude(SVDForm(rank, rank))
-    return _recipe(axes, structure=structure, init=Gaussian(0.02), lr=4e-3, name="dora_svd")
+    return _recipe(axes, "dora_svd", 4e-3, Magnitude(SVDForm(rank, rank)), init=Gaussian(0.02))
 
 
 def pissa_lora_plus(rank: int = 16, ratio: float = 4.0, **axes: Any) -> Recipe:

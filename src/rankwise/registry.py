@@ -48,12 +48,8 @@ def choices(axis: str) -> dict[str, type]:
 
 def known_classes(known: Iterable[type] = ()) -> dict[str, type]:
     """Every class that a recipe in a file may name."""
-    found: dict[str, type] = {"Recipe": Recipe}
-    for cls in (sites.Sites, sites.Target, sites.Override):
-        found[cls.__name__] = cls
-    for axis in AXES:
-        found |= choices(axis)
-    return found | {tag(cls): cls for cls in known}
+    axes = {name: cls for axis in AXES for name, cls in choices(axis).items()}
+    return axes | {tag(cls): cls for cls in (Recipe, sites.Sites, sites.Target, sites.Override, *known)}
 
 
 def encode(value: Any) -> Any:
@@ -71,10 +67,8 @@ def encode(value: Any) -> Any:
         return [encode(v) for v in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, numbers.Integral):  # numpy's
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
+    if isinstance(value, numbers.Real):  # numpy's
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     raise IncompatibleAxes(
         f"A recipe is saved as JSON: numbers, strings, tuples and other axis values; found "
         f"{value!r} of type {type(value).__name__}."

@@ -16,19 +16,29 @@ def scale_of(rank: int, alpha: float | None, rule: str) -> float:
     return alpha / rank**0.5 if rule == "alpha/sqrt(r)" else alpha / rank
 
 
-def check_scale_rule(rule: str) -> None:
-    """Refuse a scale rule that nothing knows.
+@dataclass(frozen=True)
+class _Ranked(Additive):
+    """What the two share: a rank and a scale."""
 
-    Raises:
-        IncompatibleAxes: the rule is neither "alpha/r" nor "alpha/sqrt(r)".
-    """
-    if rule not in ("alpha/r", "alpha/sqrt(r)"):
-        raise IncompatibleAxes(f'The scale rule is "alpha/r" or "alpha/sqrt(r)" (rsLoRA); found "{rule}".')
+    rank: int = 16
+    alpha: float | None = 16.0
+    scale_rule: str = "alpha/r"
+
+    traits = frozenset({"additive", "lowrank", "two_sided", "random_start", "drops"})
+
+    def __post_init__(self) -> None:
+        if (rule := self.scale_rule) not in ("alpha/r", "alpha/sqrt(r)"):
+            raise IncompatibleAxes(f'The scale rule is "alpha/r" or "alpha/sqrt(r)" (rsLoRA); found "{rule}".')
+
+    @property
+    @final
+    def scale(self) -> float:
+        return scale_of(self.rank, self.alpha, self.scale_rule)
 
 
 @final
 @dataclass(frozen=True)
-class LoRA(Additive):
+class LoRA(_Ranked):
     """``W + s B A`` (Hu et al. 2021, arXiv 2106.09685).
 
     Attributes:
@@ -36,19 +46,6 @@ class LoRA(Additive):
         alpha: numerator of the scale; None for a scale of 1.
         scale_rule: "alpha/r", or "alpha/sqrt(r)" (rsLoRA; Kalajdzievski 2023, arXiv 2312.03732).
     """
-
-    rank: int = 16
-    alpha: float | None = 16.0
-    scale_rule: str = "alpha/r"
-
-    def __post_init__(self) -> None:
-        check_scale_rule(self.scale_rule)
-
-    traits = frozenset({"additive", "lowrank", "two_sided", "random_start", "drops"})
-
-    @property
-    def scale(self) -> float:
-        return scale_of(self.rank, self.alpha, self.scale_rule)
 
     def factors(self, site: Site) -> dict[str, Factor]:
         r = check_rank(self.rank, site, min(site.rows, site.cols))
@@ -63,7 +60,7 @@ class LoRA(Additive):
 
 @final
 @dataclass(frozen=True)
-class SVDForm(Additive):
+class SVDForm(_Ranked):
     """``W + s B diag(e) A``, AdaLoRA's three factors (Zhang et al. 2023, arXiv 2303.10512).
 
     Attributes:
@@ -71,19 +68,6 @@ class SVDForm(Additive):
         alpha: numerator of the scale; None for a scale of 1.
         scale_rule: "alpha/r" or "alpha/sqrt(r)".
     """
-
-    rank: int = 16
-    alpha: float | None = 16.0
-    scale_rule: str = "alpha/r"
-
-    def __post_init__(self) -> None:
-        check_scale_rule(self.scale_rule)
-
-    traits = frozenset({"additive", "lowrank", "two_sided", "random_start", "drops"})
-
-    @property
-    def scale(self) -> float:
-        return scale_of(self.rank, self.alpha, self.scale_rule)
 
     def factors(self, site: Site) -> dict[str, Factor]:
         r = check_rank(self.rank, site, min(site.rows, site.cols))
