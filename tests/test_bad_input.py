@@ -237,13 +237,8 @@ class _Breaks(Init):
 
     asks: tuple[str, ...] = ()
 
-    @property
-    def requires(self) -> frozenset[str]:
-        return frozenset()
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset(self.asks)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needs", frozenset(self.asks))
 
     def __call__(self, site: Site, *_: Any) -> dict[str, Tensor]:
         if site.name == "2":

@@ -454,9 +454,7 @@ class Shift(Structure):
 
     size: float = 1.0
 
-    @property
-    def traits(self) -> frozenset[str]:
-        return frozenset()
+    traits = frozenset()
 
     def factors(self, site: Site) -> dict[str, Factor]:
         return {"v": Factor({"out": site.rows})}

@@ -111,9 +111,8 @@ class Record:
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
             return
         if y.grad_fn is not None:
-            token = _Token(choice)
             metadata: Any = y.grad_fn.metadata  # a dict that lives as long as the node
-            metadata["rankwise"] = token
+            metadata["rankwise"] = token = _Token(choice)
             self.tokens.add(token)
         elif not torch.is_grad_enabled() and activity.may_checkpoint:
             self.without_graph.add(choice)

@@ -150,9 +150,7 @@ def test_the_active_adapters_are_trained_and_no_other(tmp_path):
 class Halve(Ranks):
     """Half of the rank after the second step, by score."""
 
-    @property
-    def requires(self) -> frozenset[str]:
-        return frozenset()
+    requires = frozenset()
 
     def plan(self, step: int, scores: Mapping[str, Tensor]) -> Plan | None:
         if step < 2:

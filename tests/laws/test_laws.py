@@ -92,10 +92,7 @@ class OneWay(LinearOperator):
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
         self.inner = Dense(matrix)
-
-    @property
-    def shape(self):
-        return self.inner.shape
+        self.shape = self.inner.shape
 
     def mv(self, x):
         y = self.inner.mv(x)

@@ -62,7 +62,7 @@ def scores(sites: Iterable[SiteFactors]) -> dict[str, Tensor]:
             if parameter.grad is None or "rank" not in dims or module.site.stack is not None:
                 continue
             score = (parameter * parameter.grad).detach().abs().movedim(dims.index("rank"), 0)
-            score = score.flatten(1).mean(1) if score.dim() > 1 else score
+            score = score.unsqueeze(-1).flatten(1).mean(1)
             total = score if total is None else total + score
         if total is not None:
             found[module.site.name] = total
