@@ -26,7 +26,7 @@ from rankwise.errors import (
 )
 from rankwise.host import Site
 from rankwise.inits import Init, Principal
-from rankwise.structures import HiRA, LoRA, Magnitude, Rows
+from rankwise.structures import Added, HiRA, LoRA, Magnitude, Rows
 from tiny_models import frozen_look, llama, plain, same_look, shake, tokens
 
 
@@ -314,8 +314,9 @@ def test_tying_trains_one_adapter_at_both_ends() -> None:
     shake(adapter)
     dense = copy.deepcopy(tied())
     with torch.no_grad():
-        delta = adapter.sites["model.embed_tokens"].structure.delta(adapter["model.embed_tokens"])
-        assert delta is not None
+        structure = adapter.sites["model.embed_tokens"].structure
+        assert isinstance(structure, Added)
+        delta = structure.delta(adapter["model.embed_tokens"])
         dense.model.embed_tokens.weight += delta.dense().mT
         assert dense.lm_head.weight is dense.model.embed_tokens.weight
         assert torch.allclose(model(tokens()).logits, dense(tokens()).logits, atol=1e-5)

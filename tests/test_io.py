@@ -468,9 +468,6 @@ class Shift(Structure):
     def weight(self, f: Factors, w: Tensor) -> Tensor:
         return w
 
-    def delta(self, f: Factors) -> None:
-        return None
-
 
 def test_a_structure_from_outside_is_handed_over(tmp_path: Path) -> None:
     model = plain()

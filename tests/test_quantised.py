@@ -124,7 +124,8 @@ def test_merging_writes_what_the_report_says(format_: str) -> None:
     adapter = rw.attach(model, rw.recipe("lora", rank=4))
     shake(adapter, 0.3)
     start = {n: dense_view(m) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    delta = {n: adapter.sites[n].structure.delta(adapter[n]).dense().detach() for n in adapter}
+    structures: dict[str, Any] = {n: site.structure for n, site in adapter.sites.items()}
+    delta = {n: structures[n].delta(adapter[n]).dense().detach() for n in adapter}
     with rw.merged(model):
         held = bits(model)
     report = rw.merge(model, max_loss=1.0)

@@ -3,11 +3,11 @@
 from rankwise.structures.lowrank import LoRA, SVDForm
 from rankwise.structures.products import HiRA, LoHa, LoKr
 from rankwise.structures.rotations import OFT
-from rankwise.structures.structure import Additive, Factor, Factors, Gate, Rotation, Start, Structure
+from rankwise.structures.structure import Added, Additive, Factor, Factors, Gate, Rotation, Start, Structure
 from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
-    "OFT", "Additive", "Anchored", "Factor", "Factors", "Gate", "HiRA", "LoHa", "LoKr", "LoRA", "Magnitude",
+    "OFT", "Added", "Additive", "Anchored", "Factor", "Factors", "Gate", "HiRA", "LoHa", "LoKr", "LoRA", "Magnitude",
     "Replace", "Rotation", "Rows", "SVDForm", "Stack", "Start", "Structure", "TokenRows",
 ]  # fmt: skip

@@ -104,10 +104,6 @@ class Structure(ABC):
     def weight(self, f: Factors, w: Tensor) -> Tensor:
         """The same map, dense: (*batch, out, in)."""
 
-    def delta(self, f: Factors) -> LinearOperator | None:
-        """The update as an operator where it is added to W whatever W is (:class:`Added`), else None."""
-        return None
-
 
 class Leaf(Structure):
     """A structure that wraps no other: its starting values are the init's."""

@@ -95,7 +95,7 @@ class Anchored(Added):
     inner: Structure
 
     def __post_init__(self) -> None:
-        if "additive" not in self.inner.traits:
+        if not isinstance(self.inner, Added):
             raise IncompatibleAxes(
                 f"An anchor subtracts the update's start, so the update must be additive; found Anchored("
                 f"{self.inner!r}). Anchor the additive structure inside instead: Magnitude(Anchored(LoRA(...)))."
@@ -111,9 +111,8 @@ class Anchored(Added):
         return {**f, **named("anchor", {name: value.clone() for name, value in f.items()})}
 
     def delta(self, f: Factors) -> LinearOperator:
-        now, then = self.inner.delta(f), self.inner.delta(under("anchor", f))
-        assert now is not None and then is not None
-        return Sum(now, Scaled(then, -1.0))
+        assert isinstance(self.inner, Added)
+        return Sum(self.inner.delta(f), Scaled(self.inner.delta(under("anchor", f)), -1.0))
 
 
 @final
