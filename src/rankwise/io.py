@@ -8,11 +8,12 @@ nothing is recomputed on load.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,7 @@ from rankwise.structures import Replace, Structure, TokenRows
 
 FILE = "adapter.safetensors"
 FORMAT = "1"
+REMEDY = "Load it on the model that it was made for"
 MOST = 2**31  # no side of a weight is longer; keeps a hostile header from costing hours
 
 
@@ -74,11 +76,8 @@ def fingerprint(model: nn.Module, placements: Iterable[Placement]) -> dict[str, 
     found: dict[str, Any] = {}
     for placement in placements:
         path, slot, _ = placement.carriers[0]
-        module = modules[path]
-        raw = module._parameters["weight" if slot == LAYER else slot]
-        assert raw is not None
-        data = raw.full_tensor() if hasattr(raw, "full_tensor") else raw  # type: ignore[operator]
-        flat = data.detach().reshape(-1)
+        raw = host_of(modules[path], slot).parameter()
+        flat = gathered(raw).reshape(-1)
         step, rows = max(1, flat.numel() // 64), replaced(placement.structure)
         places = range(0, flat.numel(), step)[:64]
         if rows:
@@ -104,24 +103,26 @@ def check_base(model: nn.Module, placements: Iterable[Placement], base: Mapping[
     for name, (shape, dtype, digest) in base.items():
         here = now.get(name)
         if here is None or list(here[0]) != list(shape):
-            raise BaseMismatch(
-                f"The adapter was trained on a base whose {name} has shape {shape}; this model's "
-                f"has {here and here[0]}. Load it on the model that it was made for."
-            )
+            found = f"has shape {shape}; this model's has {here and here[0]}. {REMEDY}."
+            raise BaseMismatch(f"The adapter was trained on a base whose {name} {found}")
         if not any_base and here[1] == dtype and digest and here[2] != digest:
             raise BaseMismatch(
                 f"The adapter was trained on a base of the same shape but other weights (first difference at {name}). "
-                f"Load it on the model that it was made for, or pass any_base=True if another base is meant."
+                f"{REMEDY}, or pass any_base=True if another base is meant."
             )
 
 
 # -- writing ----------------------------------------------------------------------------------
 
 
+def gathered(tensor: Any) -> Tensor:
+    """The full tensor of a sharded one (call it on every rank); any other as it is. Without gradient."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor on the CPU; gathers a sharded one (call it on every rank)."""
-    full = getattr(tensor, "full_tensor", None)
-    return (full() if full is not None else tensor).detach().cpu().contiguous()
+    """The same on the CPU, to be written."""
+    return gathered(tensor).cpu().contiguous()
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -130,26 +131,21 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         SaveError: the disk is full or not writable; nothing half-written is left.
     """
-    temporary: Path | None = None
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         temporary.replace(path)
-    except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError | SafetensorError):
-            raise
+    except (OSError, SafetensorError) as error:
         raise SaveError(
             f"A file is written whole or not at all; writing {path} failed ({error}). Nothing was "
             f"changed there: free some space or choose another folder, and save again."
         ) from error
+    finally:
+        with suppress(OSError):  # it is gone where it was moved
+            temporary.unlink()
 
 
 def _save(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
@@ -167,10 +163,7 @@ def _save(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> Non
 
 def encode_placements(placements: Iterable[Placement]) -> list[Any]:
     """Placements as JSON."""
-    return [
-        [{k: getattr(p.site, k) for k in Site.__dataclass_fields__}, encode(p.structure), p.carriers]
-        for p in placements
-    ]
+    return [[vars(p.site), encode(p.structure), p.carriers] for p in placements]
 
 
 def write(path: str | Path, adapter: Any, version: str) -> Path:
@@ -198,6 +191,28 @@ def write(path: str | Path, adapter: Any, version: str) -> Path:
 # -- reading ----------------------------------------------------------------------------------
 
 
+def contents(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of an adapter file, read but not yet understood.
+
+    Raises:
+        FileFormatError: a truncated or foreign file.
+    """
+    try:
+        with safe_open(file, framework="pt") as archive:
+            header = archive.metadata() or {}
+            if header.get("rankwise_format") != FORMAT:
+                raise FileFormatError(
+                    f"A rankwise adapter says format {FORMAT} in its header; {file} says "
+                    f"{header.get('rankwise_format', 'nothing')}. It was written by another tool or a newer version."
+                )
+            # cloned: BLAS rounds differently at an unaligned address, where the file has them
+            flat = {name: archive.get_tensor(name).clone() for name in archive.keys()}  # noqa: SIM118
+        return {**header, **{k: _json(header[k]) for k in ("recipe", "placements", "base")}}, flat
+    except (SafetensorError, OSError, KeyError, RecursionError, json.JSONDecodeError) as error:
+        found = f"{file} cannot be read: it is missing, truncated or damaged ({error})"
+        raise FileFormatError(f"{found}. Take another copy, or resume from another checkpoint.") from error
+
+
 def read(path: str | Path, known: Iterable[type] = ()) -> Saved:
     """Read an adapter file and check it against its own header.
 
@@ -212,26 +227,13 @@ def read(path: str | Path, known: Iterable[type] = ()) -> Saved:
             f"An adapter is a folder with {FILE} in it; found none at {path}. For PEFT's use "
             f"rw.formats.peft, or rankwise convert --from peft."
         )
+    header, flat = contents(file)
+    classes, base = known_classes(known), header["base"]
     try:
-        with safe_open(file, framework="pt") as archive:
-            header = archive.metadata() or {}
-            if header.get("rankwise_format") != FORMAT:
-                raise FileFormatError(
-                    f"A rankwise adapter says format {FORMAT} in its header; {file} says "
-                    f"{header.get('rankwise_format', 'nothing')}. It was written by another tool or a newer version."
-                )
-            # cloned: BLAS rounds differently at an unaligned address, where the file has them
-            flat = {name: archive.get_tensor(name).clone() for name in archive.keys()}  # noqa: SIM118
-        recipe, placed, base = (_json(header[k]) for k in ("recipe", "placements", "base"))
-        version = header["version"]
-    except (SafetensorError, OSError, KeyError, RecursionError, json.JSONDecodeError) as error:
-        raise FileFormatError(f"{file} is truncated or damaged ({error}).") from error
-    classes = known_classes(known)
-    try:
-        made = decode(recipe, classes)
+        made = decode(header["recipe"], classes)
         if not isinstance(made, Recipe):
             raise FileFormatError(f"A header says a Recipe; {file} says a {type(made).__name__}.")
-        placements = tuple(_placement(a, b, c, classes) for a, b, c in placed)
+        placements = tuple(_placement(a, b, c, classes) for a, b, c in header["placements"])
         tensors = _checked(file, placements, flat)
         if set(base) != set(tensors) or any(len(facts) != 3 for facts in base.values()):
             raise FileFormatError(f"The fingerprint in {file} does not name the adapted sites.")
@@ -240,7 +242,7 @@ def read(path: str | Path, known: Iterable[type] = ()) -> Saved:
     # whatever a damaged or hostile header leads to: unknown fields, clashing axes, other types
     except (RankwiseError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise FileFormatError(f"The recipe or the sites in {file} do not fit ({error}).") from error
-    return Saved(made, placements, tensors, base, version)
+    return Saved(made, placements, tensors, base, header["version"])
 
 
 def _json(text: str) -> Any:
@@ -301,10 +303,8 @@ def carried(model: nn.Module, placement: Placement) -> list[tuple[nn.Module, str
         module = modules.get(path)
         name = "weight" if slot == LAYER else slot
         if module is None or name not in module._parameters or (slot == LAYER and kind_of(module) is None):
-            raise BaseMismatch(
-                f"The adapter sits on {path or 'the model itself'} ({name}), which this model does "
-                f"not have. Load it on the model that it was made for."
-            )
+            sits = f"{path or 'the model itself'} ({name})"
+            raise BaseMismatch(f"The adapter sits on {sits}, which this model does not have. {REMEDY}.")
         found.append((module, slot, transposed))
     module, slot, _ = found[0]
     site = host_of(module, slot).site("")
@@ -312,7 +312,7 @@ def carried(model: nn.Module, placement: Placement) -> list[tuple[nn.Module, str
     if any(getattr(site, k) != getattr(want, k) for k in ("kind", "rows", "cols", "stack")):
         raise BaseMismatch(
             f"The adapter was made for {want.name}, {want.kind} of {want.rows} x {want.cols}; "
-            f"this model's is {site.kind} of {site.rows} x {site.cols}. Load it on the model that "
-            f"it was made for (for new tokens, resize the embedding first)."
+            f"this model's is {site.kind} of {site.rows} x {site.cols}. {REMEDY} (for new tokens, resize the "
+            f"embedding first)."
         )
     return found

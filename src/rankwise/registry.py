@@ -18,8 +18,7 @@ from rankwise import inits, ranks, sites, solvers, structures
 from rankwise._recipe import Recipe
 from rankwise.errors import FileFormatError, IncompatibleAxes
 
-AXES = ("structures", "inits", "solvers", "ranks")
-_OWN = {"structures": structures, "inits": inits, "solvers": solvers, "ranks": ranks}
+AXES = {"structures": structures, "inits": inits, "solvers": solvers, "ranks": ranks}
 
 
 def tag(cls: type) -> str:
@@ -40,7 +39,7 @@ def plugins(axis: str) -> Mapping[str, Any]:
 
 def choices(axis: str) -> dict[str, type]:
     """The concrete classes of an axis by tag, plug-ins included."""
-    module = _OWN[axis]
+    module = AXES[axis]
     own = (getattr(module, name) for name in module.__all__)
     mine = {tag(c): c for c in own if isinstance(c, type) and is_dataclass(c)}
     return {**mine, **plugins(axis)}

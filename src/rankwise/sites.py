@@ -148,9 +148,8 @@ class Sites:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        put("targets", _targets(self.targets))
-        put("exclude", _targets(self.exclude))
-        put("train", _targets(self.train))
+        for name in ("targets", "exclude", "train"):
+            put(name, _targets(getattr(self, name)))
         if self.layers is not None:
             if isinstance(self.layers, int):
                 raise IncompatibleAxes(
@@ -159,10 +158,9 @@ class Sites:
             put("layers", tuple(self.layers))
         if isinstance(self.overrides, Mapping):
             put("overrides", tuple(Override.of(k, v) for k, v in self.overrides.items()))
-        if isinstance(self.tokens, Mapping):
-            put("tokens", tuple((Target.of(k), tuple(v)) for k, v in self.tokens.items()))
-        if isinstance(self.parts, Mapping):
-            put("parts", tuple((Target.of(k), tuple(v)) for k, v in self.parts.items()))
+        for name in ("tokens", "parts"):
+            if isinstance(value := getattr(self, name), Mapping):
+                put(name, tuple((Target.of(k), tuple(v)) for k, v in value.items()))
         if self.tied not in ("refuse", "tie", "untie"):
             raise IncompatibleAxes(f'Sites.tied is "refuse", "tie" or "untie"; found "{self.tied}".')
         if not (self.targets or self.train or self.tokens):

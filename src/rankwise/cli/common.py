@@ -2,38 +2,52 @@
 
 import json
 import os
+import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from typer import Argument, Option
 
 from rankwise.errors import DataError, FileFormatError
+from rankwise.hf.run import Run
 
 MODEL = 'A folder that save_pretrained wrote, or "embedded" for the small model that comes along.'
 ModelArg = Annotated[str, Argument(metavar="MODEL", help=MODEL)]
 AdapterArg = Annotated[str, Argument(metavar="ADAPTER", help="Folder or file of an adapter.")]
 Adapter = Annotated[str | None, Option(help="Folder or file of an adapter.")]
-Method = Annotated[str | None, Option("--method", "-m", help="A method's name; see rankwise methods. (default: lora)")]
-Structure = Annotated[str | None, Option(help="Its structure, in place of the method's.")]
-Init = Annotated[str | None, Option(help="Where the factors start.")]
-Solver = Annotated[str | None, Option(help="In which geometry a step is taken.")]
-Ranks = Annotated[str | None, Option(help="How rank changes in time.")]
-Rank = Annotated[int | None, Option("--rank", "-r", help="Rank. (default: the method's own)")]
-Options = Annotated[
-    list[str] | None, Option("--option", "-o", metavar="NAME=VALUE", help="Another argument of the method.")
-]
-Target = Annotated[
-    list[str] | None, Option("--target", "-t", help="A pattern of layers: q_proj, '*.mlp.*', attention.")
-]
-Task = Annotated[str | None, Option(help="causal-lm or classification.")]
-Base = Annotated[str | None, Option(help="Quantise the frozen weights: nf4 or int8.")]
-Length = Annotated[int | None, Option(help="Longest example in tokens. (default: the model's, at most 1024)")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is in --out.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
+SHORT = {"method": "--method -m", "rank": "--rank -r", "options": "--option -o", "target": "--target -t"}
+
+
+def settings(*names: str) -> Callable[[Any], Any]:
+    """Give a command these settings of a run as options (by default all): kind, help and default are the run's own.
+
+    The command takes them as ``**given``, each None where it was left out.
+    """
+    hints, told = get_type_hints(Run), dict(re.findall(r"^ +(\w+): (.+)$", Run.__doc__ or "", re.MULTILINE))
+    chosen = names or hints.keys() - {"model", "data", "labels"}
+
+    def option(name: str, default: Any) -> Parameter:
+        kinds = {*(get_args(hints[name]) if isinstance(hints[name], UnionType) else [hints[name]])} - {NoneType}
+        kind: Any = list[str] if get_origin(hints[name]) in (tuple, dict) else kinds.pop() if len(kinds) == 1 else str
+        shown = str(default) if type(default) in (str, int, float) else False
+        help_ = told[name][0].upper() + told[name][1:]
+        made = Option(None, *SHORT.get(name, "").split(), help=help_, show_default=shown)
+        return Parameter(name, Parameter.KEYWORD_ONLY, default=made, annotation=kind | None)
+
+    def add(command: Any) -> Any:
+        own = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+        command.__signature__ = Signature([*own, *(option(f.name, f.default) for f in fields(Run) if f.name in chosen)])
+        return command
+
+    return add
 
 
 def console() -> Any:
@@ -106,8 +120,6 @@ def told(adapter: str | None) -> dict[str, Any]:
     """
     if adapter is None:
         return {}
-    from rankwise.hf.run import Run
-
     path = Path(adapter)
     if not path.exists():
         raise FileFormatError(f"There is no adapter at {adapter}.")
@@ -115,9 +127,13 @@ def told(adapter: str | None) -> dict[str, Any]:
     return asdict(Run.read(file)) if file.is_file() else {}
 
 
-def run_of(adapter: str | None, **given: Any) -> Any:
+def run_of(adapter: str | None, **given: Any) -> Run:
     """The run that made an adapter, with what is given in place of its own."""
-    from rankwise.hf.run import Run
-
     plain = {"data": "-", "out": "-", **told(adapter), "pack": False, "base_text": None}
-    return Run.of({**plain, **{name: value for name, value in given.items() if value is not None}})
+    return Run.of({**plain, **only(given)})
+
+
+def only(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were given, further options of the method as values."""
+    found = {name: value for name, value in given.items() if value not in (None, [], ())}
+    return found | ({"options": pairs(found["options"])} if "options" in found else {})

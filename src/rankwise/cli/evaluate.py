@@ -1,28 +1,27 @@
 """``rankwise evaluate``."""
 
 from contextlib import nullcontext
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from rankwise.cli import common
 
 
+@common.settings("task", "base", "max_length")
 def evaluate(
     model: common.ModelArg,
     data: Annotated[str, Argument(metavar="DATA", help="A file or folder.")],
     adapter: common.Adapter = None,
-    task: common.Task = None,
-    base: common.Base = None,
-    max_length: common.Length = None,
     batch: Annotated[int, Option(help="Examples a forward pass.")] = 8,
     as_json: common.Json = False,
+    **given: Any,
 ) -> None:
     """Measure a model on data, with and without an adapter; its run says the task and the base."""
     import rankwise as rw
     from rankwise.hf.finetune import scored, task_of
 
-    run = common.run_of(adapter, model=model, data=data, task=task, base=base, max_length=max_length)
+    run = common.run_of(adapter, model=model, data=data, **given)
     chosen = task_of(run)
     processor = chosen.processor(model)
     examples = chosen.examples(data, processor)

@@ -9,6 +9,7 @@ from rankwise.cli import common
 from rankwise.errors import DataError
 
 
+@common.settings("base")
 def generate(
     model: common.ModelArg,
     prompt: Annotated[str, Option("--prompt", "-p", help='The text to go on from; "-" reads stdin.')],
@@ -17,8 +18,8 @@ def generate(
     max_new_tokens: Annotated[int, Option(help="Stop after so many tokens.")] = 100,
     temperature: Annotated[float, Option(help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, Option(help="Of sampling.")] = 0,
-    base: common.Base = None,
     as_json: common.Json = False,
+    **given: Any,
 ) -> None:
     """Let a model go on from a prompt."""
     import torch
@@ -27,7 +28,7 @@ def generate(
     import rankwise as rw
     from rankwise.hf.models import load_model, pad_id, tokenizer_of
 
-    run = common.run_of(adapter, model=model, base=base)
+    run = common.run_of(adapter, model=model, **given)
     tokenizer = tokenizer_of(model)
     text = sys.stdin.read() if prompt == "-" else prompt
     if chat and not tokenizer.chat_template:

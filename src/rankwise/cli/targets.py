@@ -1,28 +1,22 @@
 """``rankwise targets``."""
 
 from dataclasses import asdict
+from typing import Any
 
 from rankwise.cli import common
 
 
-def targets(
-    model: common.ModelArg,
-    method: common.Method = None,
-    structure: common.Structure = None,
-    rank: common.Rank = None,
-    option: common.Options = None,
-    target: common.Target = None,
-    as_json: common.Json = False,
-) -> None:
+@common.settings("method", "structure", "rank", "options", "target")
+def targets(model: common.ModelArg, as_json: common.Json = False, **given: Any) -> None:
     """Show what patterns match on a model, without loading its weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     import rankwise as rw
-    from rankwise.hf.method import compose
+    from rankwise.hf.method import recipe_of
     from rankwise.hf.models import config_of
 
-    recipe = compose(method, {"structure": structure}, rank=rank, options=common.pairs(option), targets=target or ())
+    recipe = recipe_of(common.run_of(None, model=model, **given))
     with torch.device("meta"):
         report = rw.targets(AutoModelForCausalLM.from_config(config_of(model)), recipe)
     common.show(as_json, asdict(report), str(report))

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
 from rankwise import io
 from rankwise.attachment import Adapter
-from rankwise.errors import FileFormatError, SaveError, TrainingError
+from rankwise.errors import SaveError, TrainingError
 
 METRICS = "metrics.jsonl"
 
@@ -58,19 +57,13 @@ def restore(adapters: Sequence[Adapter], folder: str | Path) -> None:
     """
     for adapter, path in folders(folder, adapters).items():
         file = path / io.FILE
-        try:
-            with safe_open(file, framework="pt") as archive:
-                header = archive.metadata() or {}
-                values = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
-            placements, base = json.loads(header["placements"]), json.loads(header["base"])
-        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-            raise FileFormatError(f"{file} cannot be read ({error}). Resume from another checkpoint.") from error
+        header, values = io.contents(file)
         live = dict(adapter.named_parameters())
         here = json.loads(json.dumps(io.encode_placements(adapter.placements)))
-        if placements != here or values.keys() != live.keys():
+        if header["placements"] != here or values.keys() != live.keys():
             remedy = "Attach the recipe of that run, or start afresh in another output_dir."
             raise TrainingError(f"A resumed run keeps its structure and sites; {file} has others. {remedy}")
-        io.check_base(adapter.model, adapter.placements, base, any_base=False)
+        io.check_base(adapter.model, adapter.placements, header["base"], any_base=False)
         for name, parameter in live.items():
             parameter.copy_(values[name])
 
@@ -147,11 +140,7 @@ class Journal(TrainerCallback):
         if state.is_world_process_zero and file.exists():
             lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if 0 < json.loads(line).get("step", 0) <= state.global_step]
-
-            def write(path: Path) -> None:
-                path.write_text("".join(kept))
-
-            io.atomically(file, write)
+            io.atomically(file, lambda path: path.write_text("".join(kept)))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Append a line."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -23,7 +24,7 @@ from rankwise.attachment import Adapter, attach, disabled, targets
 from rankwise.errors import DataError, OutputExists, UnknownName
 from rankwise.hf.checkpoint import METRICS
 from rankwise.hf.folder import claimed
-from rankwise.hf.method import compose
+from rankwise.hf.method import recipe_of
 from rankwise.hf.models import config_of
 from rankwise.hf.plots import loss_curve
 from rankwise.hf.run import Result, Run
@@ -98,16 +99,11 @@ def task_of(run: Run) -> Task:
 @torch.no_grad()
 def scored(task: Task, model: Any, examples: Any, processor: Any, batch: int = 8) -> dict[str, float]:
     """The task's measures over examples, with the model in evaluation mode."""
-    rows, collate, device = task.rows(examples), task.collator(processor), next(model.parameters()).device
-
-    def batches() -> Iterator[Mapping[str, Any]]:
-        for i in range(0, len(rows), batch):
-            items = collate([rows[j] for j in range(i, min(i + batch, len(rows)))]).items()
-            yield {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in items}
-
-    training = model.training
+    own = torch.Generator()  # the loader draws a seed; training's numbers must not depend on what was measured
+    loader = DataLoader(task.rows(examples), batch, collate_fn=task.collator(processor), generator=own)
+    training, device = model.training, next(model.parameters()).device
     try:
-        return task.score(model.eval(), batches(), processor)
+        return task.score(model.eval(), (send_to_device(items, device) for items in loader), processor)
     finally:
         model.train(training)
 
@@ -118,8 +114,7 @@ def prepare(run: Run, task: Task | None = None, listener: Listener = QUIET) -> P
     Raises:
         RankwiseError: whatever is wrong with the run, the data, the model or the method.
     """
-    axes = {"structure": run.structure, "init": run.init, "solver": run.solver, "ranks": run.ranks}
-    recipe = compose(run.method, axes, rank=run.rank, options=run.options, targets=run.target, base=run.base)
+    recipe = recipe_of(run)
     task = task or task_of(run)
     listener.doing("reading the data")
     processor = task.processor(run.model)

@@ -6,6 +6,7 @@ from typing import Any
 
 from rankwise._recipe import Recipe
 from rankwise.errors import IncompatibleAxes, UnknownName
+from rankwise.hf.run import Run
 from rankwise.inits import Kaiming
 from rankwise.methods import catalogue, recipe
 from rankwise.registry import choices
@@ -71,6 +72,12 @@ def compose(
     lr = max((entry.recipe for entry in catalogue().values()), key=likeness).lr
     name = " x ".join(filter(None, [method, *given.values()]))
     return replace(Recipe(**parts, penalties=start.penalties, lr=lr, name=name), **common)
+
+
+def recipe_of(run: Run) -> Recipe:
+    """The recipe that a run asks for; see :func:`compose`."""
+    axes = {axis: getattr(run, axis) for axis in _AXES}
+    return compose(run.method, axes, rank=run.rank, options=run.options, targets=run.target, base=run.base)
 
 
 def _value(axis: str, text: str, options: Mapping[str, Any]) -> Any:

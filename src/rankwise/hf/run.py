@@ -13,7 +13,6 @@ from typing import Any, final
 import yaml
 
 from rankwise.errors import DataError, UnknownName
-from rankwise.io import atomically
 
 
 @final
@@ -21,30 +20,32 @@ from rankwise.io import atomically
 class Run:
     """One fine-tuning run, whole: the same file gives the same adapter.
 
+    Where None is allowed, the text "none" says it. The command line shows these lines as its options' help.
+
     Attributes:
         model: folder of a model, or "embedded" for the small one that the package ships.
         data: file or folder of texts, completions, conversations or labelled texts.
         out: folder for the adapter, the metrics and this run.
         task: "causal-lm" or "classification".
-        method: name of the catalogue; None for "lora".
-        structure: by name, in place of the method's; see :func:`rankwise.hf.method.compose`.
-        init: as structure.
-        solver: as structure.
-        ranks: as structure.
-        rank: of the structure; None for the method's own.
-        options: further arguments of the method, such as {"alpha": 32, "dropout": 0.05}.
-        target: patterns of the layers to adapt; none for every linear layer but the head.
-        base: "nf4" or "int8": quantise the frozen weights.
+        method: a method's name, see rankwise methods; by default lora.
+        structure: its structure by name, in place of the method's.
+        init: where the factors start, by name.
+        solver: in which geometry a step is taken, by name.
+        ranks: how rank changes in time, by name.
+        rank: of the structure; by default the method's own.
+        options: another argument of the method, NAME=VALUE: alpha=32, dropout=0.05.
+        target: a pattern of layers: q_proj, '*.mlp.*', attention; by default every linear layer but the head.
+        base: quantise the frozen weights: "nf4" or "int8".
         dtype: of the weights: "auto" is bfloat16 on a GPU and float32 on a CPU.
         lr: learning rate, or "auto" for the method's.
         epochs: passes over the data, unless steps are given.
-        steps: optimizer steps.
+        steps: optimizer steps, in place of epochs.
         batch: examples a forward pass.
         accumulate: forward passes an optimizer step.
         checkpointing: compute activations again in the backward pass: a third slower, far less memory.
-        max_length: longest example in tokens; None for the model's context, at most 1024.
+        max_length: longest example in tokens; by default the model's context, at most 1024.
         pack: lay documents side by side into full rows.
-        validation: a file, or the share of the rows to set aside; None to measure nothing.
+        validation: a file, or the share of the rows to set aside; "none" to measure nothing.
         base_text: a text of the base's own kind, to measure what training cost there.
         schedule: of the learning rate, after a short warm-up: "cosine", "linear", "constant" (that without warm-up).
         saves: checkpoints and validations along the way.
@@ -123,13 +124,12 @@ class Run:
         Raises:
             SaveError: the file cannot be written.
         """
+        from rankwise.io import atomically  # brings torch, which the command line's help has no need of
+
         plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
         text = f"# {note}\n" + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
-        def put(temporary: Path) -> None:
-            temporary.write_text(text, encoding="utf-8")
-
-        atomically(path, put)
+        atomically(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def differs(self, other: Run) -> list[str]:
         """The names in which two runs differ that a resumed run must share."""
@@ -170,6 +170,8 @@ def _read(name: str, hint: Any, value: Any) -> Any:
     """A value as the field's type wants it: numbers from text (YAML reads 1e-3 as text), tuples from lists."""
     parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = [typing.get_origin(part) or part for part in parts]
+    if value == "none" and types.NoneType in kinds:
+        return None
     if tuple in kinds and isinstance(value, str | list):
         value = tuple(value.split(",") if isinstance(value, str) else value)
     if (int in kinds or float in kinds) and isinstance(value, str | int | float) and not isinstance(value, bool):

@@ -19,6 +19,7 @@ from rankwise.activity import Routing
 from rankwise.adapter import Adapters, SiteFactors
 from rankwise.attachment import Adapter, adapters, registry_of
 from rankwise.errors import TrainingError
+from rankwise.io import gathered
 
 
 def active(model: nn.Module) -> list[Adapter]:
@@ -202,6 +203,6 @@ def _norms(parameters: Sequence[nn.Parameter]) -> list[float]:
     """The norm of each gradient, 0 where there is none; sharded ones are gathered."""
     learning = [p for p in parameters if p.grad is not None]
     norms: Any = torch._foreach_norm([p.grad for p in learning if p.grad is not None])
-    whole = [(n.full_tensor() if hasattr(n, "full_tensor") else n).float() for n in norms]
+    whole = [gathered(n).float() for n in norms]
     found = dict(zip(learning, torch.stack(whole).tolist() if whole else [], strict=True))
     return [found.get(p, 0.0) for p in parameters]
