@@ -8,7 +8,7 @@ nothing is recomputed on load.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,15 +55,11 @@ class Saved:
 # -- the base's fingerprint -------------------------------------------------------------------
 
 
-def replaced(structure: Structure) -> frozenset[int] | None:
-    """The vocabulary rows that the structure replaces; None where it replaces the whole tensor."""
-    if isinstance(structure, Replace):
-        return None
-    if isinstance(structure, TokenRows):
-        return frozenset(structure.index)
-    inner = [v for v in vars(structure).values() if isinstance(v, Structure)]
-    each = [replaced(s) for s in inner]
-    return None if None in each else frozenset(i for rows in each if rows for i in rows)
+def replaced(structure: Structure, rows: int) -> set[int]:
+    """Which of the tensor's rows the structure replaces: all, those of new tokens, or none."""
+    if isinstance(structure, Replace | TokenRows):
+        return set(structure.index if isinstance(structure, TokenRows) else range(rows))
+    return {i for part in vars(structure).values() if isinstance(part, Structure) for i in replaced(part, rows)}
 
 
 def fingerprint(model: nn.Module, placements: Iterable[Placement]) -> dict[str, Any]:
@@ -78,12 +74,9 @@ def fingerprint(model: nn.Module, placements: Iterable[Placement]) -> dict[str, 
         path, slot, _ = placement.carriers[0]
         raw = host_of(modules[path], slot).parameter()
         flat = gathered(raw).reshape(-1)
-        step, rows = max(1, flat.numel() // 64), replaced(placement.structure)
-        places = range(0, flat.numel(), step)[:64]
-        if rows:
-            width = flat.numel() // placement.site.shape[0]
-            places = [i for i in places if i // width not in rows]
-        index = torch.tensor([] if rows is None else list(places), device=flat.device).long()
+        rows, places = next(iter(placement.site.shape), 1), range(0, flat.numel(), max(1, flat.numel() // 64))[:64]
+        width, own = max(1, flat.numel() // rows), replaced(placement.structure, rows)
+        index = torch.tensor([i for i in places if i // width not in own], device=flat.device, dtype=torch.long)
         sample = flat[index].cpu().contiguous().view(torch.uint8).numpy().tobytes()
         found[placement.site.name] = [
             list(placement.site.shape),
@@ -207,7 +200,8 @@ def contents(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 )
             # cloned: BLAS rounds differently at an unaligned address, where the file has them
             flat = {name: archive.get_tensor(name).clone() for name in archive.keys()}  # noqa: SIM118
-        return {**header, **{k: _json(header[k]) for k in ("recipe", "placements", "base")}}, flat
+        facts = {k: _json(header[k]) for k in ("recipe", "placements", "base")}
+        return {"version": header["version"], **facts}, flat
     except (SafetensorError, OSError, KeyError, RecursionError, json.JSONDecodeError) as error:
         found = f"{file} cannot be read: it is missing, truncated or damaged ({error})"
         raise FileFormatError(f"{found}. Take another copy, or resume from another checkpoint.") from error
@@ -265,29 +259,26 @@ def _placement(facts: Any, structure: Any, carriers: Any, classes: Mapping[str, 
     return Placement(site, made, tuple((str(p), str(s), bool(t)) for p, s, t in carriers))
 
 
-def _checked(file: Path, placements: Iterable[Placement], flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _checked(file: Path, placements: Sequence[Placement], flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors by site and factor, every one declared and every declared one there."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for placement in placements:
-        site = placement.site
-        if site.name in found:
-            raise FileFormatError(f"{file} names the site {site.name} twice.")
-        values = found.setdefault(site.name, {})
-        for name, factor in placement.structure.factors(site).items():
-            key = f"{site.name}/{name}"
-            shape = (*((site.stack,) if site.stack else ()), *factor.shape)
-            if key not in flat:
-                raise FileFormatError(f"{file} declares the tensor {key} but does not hold it.")
-            tensor = flat.pop(key)
-            if tuple(tensor.shape) != shape:
-                raise FileFormatError(
-                    f"The recipe of {file} asks for {key} of shape {shape}; the file holds {tuple(tensor.shape)}."
-                )
-            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-                raise FileFormatError(f"{key} in {file} holds NaN, infinity or integers.")
-            values[name] = tensor
-    if flat:
-        raise FileFormatError(f"{file} holds tensors unknown to its recipe: {sorted(flat)[:4]}.")
+    wanted = {
+        f"{p.site.name}/{name}": (*((p.site.stack,) if p.site.stack else ()), *factor.shape)
+        for p in placements
+        for name, factor in p.structure.factors(p.site).items()
+    }
+    if wanted.keys() != flat.keys():
+        missing, unknown = sorted(wanted.keys() - flat.keys())[:4], sorted(flat.keys() - wanted.keys())[:4]
+        raise FileFormatError(f"The recipe of {file} says what it holds; found missing {missing}, unknown {unknown}.")
+    found: dict[str, dict[str, Tensor]] = {p.site.name: {} for p in placements}
+    if len(found) < len(placements):
+        raise FileFormatError(f"{file} names a site twice.")
+    for key, shape in wanted.items():
+        site, _, name = key.rpartition("/")
+        found[site][name] = tensor = flat[key]
+        if tuple(tensor.shape) != shape:
+            raise FileFormatError(f"In {file} the recipe asks for {key} of shape {shape}; found {tuple(tensor.shape)}.")
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise FileFormatError(f"{key} in {file} holds NaN, infinity or integers.")
     return found
 
 

@@ -27,6 +27,7 @@ from rankwise.hf.folder import claimed
 from rankwise.hf.method import recipe_of
 from rankwise.hf.models import config_of
 from rankwise.hf.plots import loss_curve
+from rankwise.hf.references import evaluating
 from rankwise.hf.run import Result, Run
 from rankwise.hf.tasks import TASKS, CausalLM, SequenceClassification, Task, TextTask
 from rankwise.hf.trainer import Trainer
@@ -101,11 +102,9 @@ def scored(task: Task, model: Any, examples: Any, processor: Any, batch: int = 8
     """The task's measures over examples, with the model in evaluation mode."""
     own = torch.Generator()  # the loader draws a seed; training's numbers must not depend on what was measured
     loader = DataLoader(task.rows(examples), batch, collate_fn=task.collator(processor), generator=own)
-    training, device = model.training, next(model.parameters()).device
-    try:
-        return task.score(model.eval(), (send_to_device(items, device) for items in loader), processor)
-    finally:
-        model.train(training)
+    device = next(model.parameters()).device
+    with evaluating(model):
+        return task.score(model, (send_to_device(items, device) for items in loader), processor)
 
 
 def prepare(run: Run, task: Task | None = None, listener: Listener = QUIET) -> Prepared:

@@ -2,7 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,20 +12,25 @@ from torch import nn
 from rankwise.attachment import set_active
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode for a while; then each as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @functools.cache
 def _reference_class(base: type[nn.Module]) -> type[nn.Module]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         # dropout and activation checkpointing off, as in a reference that is a model of its own
-        training = [module for module in self.modules() if module.training]
-        for module in training:
-            module.training = False
-        try:
-            # no_grad outermost: activity.py then knows that no re-run inside backward can be meant
-            with torch.no_grad(), set_active(self, self.reference_active):
-                return base.__call__(self, *args, **kwargs)
-        finally:
-            for module in training:
-                module.training = True
+        # no_grad outermost: activity.py then knows that no re-run inside backward can be meant
+        with evaluating(self), torch.no_grad(), set_active(self, self.reference_active):
+            return base.__call__(self, *args, **kwargs)
 
     body = {"__call__": call, "__module__": base.__module__, "__qualname__": base.__qualname__}
     return type(base.__name__, (base,), body)
