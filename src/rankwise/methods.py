@@ -38,6 +38,12 @@ def _makers() -> dict[str, Callable[..., Recipe]]:
     return {**own, **plugins("recipes")}
 
 
+def _options(make: Callable[..., Recipe]) -> dict[str, Any]:
+    """A method's own arguments and their defaults; what has none are the ``**axes``."""
+    own = inspect.signature(make).parameters.values()
+    return {p.name: p.default for p in own if p.default is not p.empty}
+
+
 def recipe(name: str, **options: Any) -> Recipe:
     """A method by name, plug-ins included.
 
@@ -64,10 +70,9 @@ def recipe(name: str, **options: Any) -> Recipe:
     try:
         return makers[name](**options)
     except TypeError as error:
-        own = [p for p in inspect.signature(makers[name]).parameters if p != "axes"]
         axes = [f for f in Recipe.__dataclass_fields__ if f != "structure"]
         raise IncompatibleAxes(
-            f'The method "{name}" takes {", ".join(own)} and the axes {", ".join(axes)}; {error}.'
+            f'The method "{name}" takes {", ".join(_options(makers[name]))} and the axes {", ".join(axes)}; {error}.'
         ) from error
 
 
@@ -76,11 +81,6 @@ def catalogue() -> dict[str, Entry]:
     found = {}
     for name, make in sorted(_makers().items()):
         doc = inspect.getdoc(make) or ""
-        options = {
-            p.name: p.default
-            for p in inspect.signature(make).parameters.values()
-            if p.default is not inspect.Parameter.empty
-        }
         made = make()
-        found[name] = Entry(name, doc.split("\n")[0], made.paper, made, options, doc)
+        found[name] = Entry(name, doc.split("\n")[0], made.paper, made, _options(make), doc)
     return found

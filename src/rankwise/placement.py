@@ -19,30 +19,29 @@ from rankwise.structures import Replace, Rows, Stack, Structure, TokenRows
 # -- matching ---------------------------------------------------------------------------------
 
 
-def _nearest(target: Target, names: Sequence[str]) -> str:
-    ends = sorted({n.rsplit(".", 1)[-1] for n in names})
-    last = target.pattern.rsplit(".", 1)[-1]
-    close = difflib.get_close_matches(last, ends, n=3, cutoff=0.5)
-    return f"Nearest names: {', '.join(close)}." if close else f"Names here: {', '.join(ends[:12])}."
-
-
-def _must_match(target: Target, hits: Sequence[object], found: Sequence[Candidate], what: str) -> None:
+def _must_match(target: Target, hits: Sequence[object], what: str, among: Mapping[str, str]) -> None:
+    """Raise where a pattern matches nothing ``among`` these names (and what each of them is)."""
     if hits or target.optional:
         return
-    kinds = sorted({f"{c.classes[0]} ({c.site.kind})" for c in found})
+    ends = sorted({name.rsplit(".", 1)[-1] for name in among if name})
+    close = difflib.get_close_matches(target.pattern.rsplit(".", 1)[-1], ends, n=3, cutoff=0.5)
+    near = f"Nearest names: {', '.join(close)}" if close else f"Names here: {', '.join(ends[:12])}"
     raise TargetError(
         f"Every pattern of {what} must match something (or be Target(..., optional=True)); "
-        f'"{target}" matches nothing. {_nearest(target, [n for c in found for n in c.aliases])} '
-        f"Adaptable here: {', '.join(kinds) or 'nothing'}. See rw.targets(model)."
+        f'"{target}" matches nothing. {near}. Of these kinds: {", ".join(sorted({*among.values()})) or "none"}. '
+        f"See rw.targets(model)."
     )
+
+
+def _named(found: Sequence[Candidate]) -> dict[str, str]:
+    return {name: f"{c.classes[0]} ({c.site.kind})" for c in found for name in c.aliases}
 
 
 def _selected(sites: Sites, found: list[Candidate]) -> list[Candidate]:
     hits = {t: [c for c in found if c.hit(t)] for t in (*sites.targets, *sites.exclude)}
-    for t in sites.targets:
-        _must_match(t, hits[t], found, "targets")
-    for t in sites.exclude:
-        _must_match(t, hits[t], found, "exclude")
+    for what in ("targets", "exclude"):
+        for t in getattr(sites, what):
+            _must_match(t, hits[t], what, _named(found))
     names = {c.site.name for t in sites.targets for c in hits[t]}
     names -= {c.site.name for t in sites.exclude for c in hits[t]}
     if sites.layers is not None:
@@ -160,11 +159,7 @@ def _whole(model: nn.Module, sites: Sites) -> Iterator[tuple[Target, Placement]]
             around = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
             if any(target.accepts(p, classes.get(p, ()), ()) for p in around):
                 hits.append((path, name, tensor.dtype))
-        if not hits and not target.optional:
-            raise TargetError(
-                f"Every pattern of train must match a module or parameter (or be Target(..., optional=True)); "
-                f'"{target}" matches nothing. {_nearest(target, [n for n in modules if n])}'
-            )
+        _must_match(target, hits, "train", {path: kinds[0] for path, kinds in classes.items()})
         for path, name, dtype in hits:
             full = f"{path}.{name}" if path else name
             if not dtype.is_floating_point:
@@ -187,11 +182,11 @@ def resolve(model: nn.Module, structure: Structure, sites: Sites) -> tuple[Place
     found = candidates(model)
     adapted = _selected(sites, found) if sites.targets else []
     for pattern in (*(o.target for o in sites.overrides), *(t for t, _ in sites.parts)):
-        _must_match(pattern, [c for c in adapted if c.hit(pattern)], adapted, "overrides and parts")
+        _must_match(pattern, [c for c in adapted if c.hit(pattern)], "overrides and parts", _named(adapted))
     tokens: dict[str, TokenRows] = {}
     for target, ids in sites.tokens:
         hits = [c for c in found if c.site.kind == "embedding" and c.hit(target)]
-        _must_match(target, hits, found, "tokens")
+        _must_match(target, hits, "tokens", _named(found))
         tokens |= {c.site.name: TokenRows(tuple(ids)) for c in hits}
     names = {c.site.name for c in adapted}
     chosen = [c for c in found if c.site.name in names or c.site.name in tokens]

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
 import rankwise.methods  # noqa: F401  (for sys.modules)
 from rankwise.errors import OutputExists
 from rankwise.hf.folder import LOCK, claimed
+from rankwise.hf.run import Run
 
 
 def test_help_is_quick_and_needs_no_torch():
@@ -69,6 +71,22 @@ def test_wrong_input_is_told_so_in_a_sentence(rankwise, tiny, files, arguments, 
     assert done.code == 2
     assert says in done.err and "Traceback" not in done.err
     assert not done.out
+
+
+def test_every_setting_of_a_run_is_an_option(rankwise, tiny, files, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    said = rankwise("finetune", "--help").out
+    for field in fields(Run):
+        flag = "--option " if field.name == "options" else f"--{field.name.replace('_', '-')} "
+        assert (flag in said) == (field.name not in ("model", "data", "labels")), flag
+    assert "Passes over the data, unless steps are given." in said and "default: (3.0)" in said
+    assert rankwise("evaluate", tiny, files / "pairs.jsonl", "--rank", 2).code == 2
+    options = ("--accumulate", 2, "--checkpointing", "--validation", "none", "-o", "dropout=0.1", "--saves", 1)
+    done = rankwise("finetune", tiny, files / "pairs.jsonl", "--out", "run", "--steps", 2, *options)
+    assert done.code == 0, done.err
+    run = Run.read(tmp_path / "run" / "run.yaml")
+    assert (run.accumulate, run.checkpointing, run.validation, run.saves) == (2, True, None, 1)
+    assert run.options == {"dropout": 0.1}
 
 
 def test_a_model_that_brings_code_or_is_broken(rankwise, files, tmp_path):
