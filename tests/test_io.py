@@ -321,6 +321,11 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
     refused(tmp_path, "99")
 
 
+def test_others_may_read_a_saved_adapter(saved: Path) -> None:
+    assert (saved / FILE).stat().st_mode & 0o777 == 0o644
+    assert [file.name for file in saved.iterdir()] == [FILE]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_truncated(saved: Path, share: float) -> None:
     bytes_ = (saved / FILE).read_bytes()

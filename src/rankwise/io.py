@@ -130,6 +130,7 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # safetensors 0.8 lets nobody else read what it writes
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise SaveError(
