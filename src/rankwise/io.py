@@ -74,9 +74,7 @@ def fingerprint(model: nn.Module, placements: Iterable[Placement]) -> dict[str, 
     found: dict[str, Any] = {}
     for placement in placements:
         path, slot, _ = placement.carriers[0]
-        module = modules[path]
-        raw = module._parameters["weight" if slot == LAYER else slot]
-        assert raw is not None
+        raw = host_of(modules[path], slot).parameter()
         data = raw.full_tensor() if hasattr(raw, "full_tensor") else raw  # type: ignore[operator]
         flat = data.detach().reshape(-1)
         step, rows = max(1, flat.numel() // 64), replaced(placement.structure)
@@ -309,7 +307,7 @@ def carried(model: nn.Module, placement: Placement) -> list[tuple[nn.Module, str
     module, slot, _ = found[0]
     site = host_of(module, slot).site("")
     want = placement.site
-    if any(getattr(site, k) != getattr(want, k) for k in ("kind", "rows", "cols", "stack")):
+    if any(getattr(site, k) != getattr(want, k) for k in ("kind", "rows", "cols", "stack", "groups")):
         raise BaseMismatch(
             f"The adapter was made for {want.name}, {want.kind} of {want.rows} x {want.cols}; "
             f"this model's is {site.kind} of {site.rows} x {site.cols}. Load it on the model that "
