@@ -219,3 +219,60 @@ def test_the_fast_path_of_transformer_layers_comes_back():
     for module, state in zip(model.modules(), before, strict=True):
         assert module.__dict__.keys() == state.keys()
         assert all(module.__dict__[k] == state[k] for k in keys if k in state)
+
+
+# -- a bias that the layer has not ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(6, 4, bias=False), torch.randn(3, 6)),
+        (nn.Conv2d(4, 6, 3, groups=2, bias=False), torch.randn(2, 4, 5, 5)),
+        (nn.ConvTranspose1d(4, 6, 3, groups=2, bias=False), torch.randn(2, 4, 5)),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+@pytest.mark.parametrize("targets", ["0", ()], ids=["beside an adapter", "alone"])
+def test_a_bias_of_its_own(layer, x, targets, tmp_path):
+    base = nn.Sequential(copy.deepcopy(layer))
+    model, other = copy.deepcopy(base), copy.deepcopy(base)
+    adapter = rw.attach(model, rw.recipe("lora", rank=2, sites=rw.Sites(targets, train=["0.bias"])))
+    assert torch.equal(model(x), base(x))
+    assert [n for n in model.state_dict() if "adapters." not in n] == ["0.weight"]
+    model(x).square().sum().backward()
+    adapter.optimizer(lr=0.1).step()
+    bias, y = adapter["0.bias"]["value"], model(x)
+    assert bias.all() and not torch.equal(y, base(x))
+    adapter.save(tmp_path)
+    loaded = rw.load(other, tmp_path)
+    assert torch.equal(other(x), y)
+    with rw.merged(model):
+        assert model[0]._parameters["bias"].equal(bias)
+        torch.testing.assert_close(model(x), y)
+    assert model[0]._parameters["bias"] is None
+    assert torch.equal(model(x), y)
+    adapter.detach()
+    assert model[0].bias is None and torch.equal(model(x), base(x))
+    rw.merge(other)
+    torch.testing.assert_close(other(x), y)
+    assert list(other.state_dict()) == ["0.weight", "0.bias"]
+    assert other[0].bias.data_ptr() != loaded["0.bias"]["value"].data_ptr()
+
+
+def test_several_biases_merge_each_to_its_own():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    adapter = rw.attach(model, rw.recipe("lora", rank=2, sites=rw.Sites((), train=["0.bias", "1.bias"])))
+    with torch.no_grad():
+        adapter["0.bias"]["value"].fill_(1.0)
+        adapter["1.bias"]["value"].fill_(2.0)
+    assert len(rw.merge(model).sites) == 2
+    assert model[0].bias.tolist() == [1.0] * 4 and model[1].bias.tolist() == [2.0] * 4
+
+
+@pytest.mark.parametrize("pattern", ["bias", "*bias", "*.bias", "0", nn.Linear])
+def test_no_pattern_invents_a_bias(pattern):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
+    train = rw.Target.of(pattern)
+    found = rw.attach(model, rw.recipe("lora", rank=2, sites=rw.Sites((), train=[train])))
+    assert "0.bias" not in found

@@ -301,7 +301,7 @@ def carried(model: nn.Module, placement: Placement) -> list[tuple[nn.Module, str
     module, slot, _ = found[0]
     site = host_of(module, slot).site("")
     want = placement.site
-    if any(getattr(site, k) != getattr(want, k) for k in ("kind", "rows", "cols", "stack")):
+    if any(getattr(site, k) != getattr(want, k) for k in ("kind", "rows", "cols", "stack", "groups")):
         raise BaseMismatch(
             f"The adapter was made for {want.name}, {want.kind} of {want.rows} x {want.cols}; "
             f"this model's is {site.kind} of {site.rows} x {site.cols}. {REMEDY} (for new tokens, resize the "

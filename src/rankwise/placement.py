@@ -151,20 +151,21 @@ def _whole(model: nn.Module, sites: Sites) -> Iterator[tuple[Target, Placement]]
     """The tensors to train whole: those that a pattern means, or some module around them."""
     modules = base_modules(model)
     classes = {path: [k.__name__ for k in type(module).__mro__] for path, module in modules.items()}
-    tensors = [(p, n, t) for p, m in modules.items() for n, t in m._parameters.items() if t is not None]
+    tensors = [(p, n, t) for p, m in modules.items() for n, t in m._parameters.items()]
     for target in sites.train:
         hits = []
         for path, name, tensor in tensors:
             parts = [*path.split("."), name] if path else [name]
             around = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-            if any(target.accepts(p, classes.get(p, ()), ()) for p in around):
-                hits.append((path, name, tensor.dtype))
+            meant = any(target.accepts(p, classes.get(p, ()), ()) for p in around)
+            if meant if tensor is not None else target.pattern == around[-1]:  # no pattern invents a bias
+                hits.append((path, name, tensor))
         _must_match(target, hits, "train", {path: kinds[0] for path, kinds in classes.items()})
-        for path, name, dtype in hits:
+        for path, name, tensor in hits:
             full = f"{path}.{name}" if path else name
-            if not dtype.is_floating_point:
+            if tensor is not None and not tensor.is_floating_point():
                 raise TargetError(
-                    f"Only floating-point tensors can be trained whole; {full} is stored as {dtype}. "
+                    f"Only floating-point tensors can be trained whole; {full} is stored as {tensor.dtype}. "
                     f"Leave the module unquantised, or adapt it instead."
                 )
             site = ParameterHost(modules[path], name).site(full)

@@ -129,7 +129,8 @@ class Sites:
             left out.
         overrides: pattern -> structure, or -> fields to change ({"rank": 4}); the first match wins.
         train: patterns of modules and parameters to train whole (a new classification head); they
-            become part of the adapter and the base keeps its own.
+            become part of the adapter and the base keeps its own. A bias that a layer has not is
+            meant by its full name only.
         tokens: embedding pattern -> token ids whose rows are trained as part of the adapter.
         parts: fused projection pattern -> names of its parts to adapt, ("q", "v") of a qkv,
             ("gate",) of a gate_up, or (name, first row, last row + 1).

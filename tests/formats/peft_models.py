@@ -88,6 +88,20 @@ class Moe(nn.Module):
         return self.experts(x, self.router(x).softmax(-1))
 
 
+class Biases(nn.Sequential):
+    """Linear layers with and without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 6, bias=False))
+
+
+class Depthwise(nn.Sequential):
+    """A convolution with one group a channel, without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(4, 8, 3, 2, padding=1, groups=4, bias=False))
+
+
 def llama(**changes: Any) -> nn.Module:
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -136,9 +150,9 @@ def inputs(model: nn.Module) -> Tensor:
     name = type(model).__name__
     if name == "Emb":
         return torch.randint(0, 20, (2, 7), generator=g)
-    if name == "Conv":
+    if name in ("Conv", "Depthwise"):
         return torch.randn(2, 4, 6, 6, generator=g)
-    if name in ("MHA", "Moe"):
+    if name in ("MHA", "Moe", "Biases"):
         return torch.randn(*((2, 5, 8) if name == "MHA" else (5, 8)), generator=g)
     return torch.tensor([[1, 2, 3, 4, 5, 6], [3, 9, 30, 47, 1, 0]])
 

@@ -14,7 +14,9 @@ from peft_models import (
     FIXTURES,
     MHA,
     SHARED,
+    Biases,
     Conv,
+    Depthwise,
     Emb,
     Moe,
     distance,
@@ -69,6 +71,9 @@ CASES = {
     "embedding dora": (Emb, lambda: L(r=4, target_modules=["lin", "emb"], use_dora=True)),
     "convolution": (Conv, lambda: L(r=4, target_modules=["c1", "c2", "c2p", "c3"])),
     "convolution dora": (Conv, lambda: L(r=4, target_modules=["c1", "c2", "c2p", "c3"], use_dora=True)),
+    "convolution in groups": (Conv, lambda: L(r=6, lora_alpha=3, target_modules=["c2g", "c1"])),
+    "convolution in groups, rank above": (Conv, lambda: L(r=24, target_modules=["c2g", "c2"], use_rslora=True)),
+    "depthwise": (Depthwise, lambda: L(r=16, lora_bias=True, target_modules=["0"])),
     "attention": (MHA, lambda: L(r=4, target_modules=["lin", "mha"])),
     "experts": (
         Moe,
@@ -87,6 +92,8 @@ CASES = {
     "bias all": (Emb, lambda: L(r=4, target_modules=["lin"], bias="all")),
     "bias lora_only": (Emb, lambda: L(r=4, target_modules=["lin"], bias="lora_only")),
     "lora_bias": (partial(llama, attention_bias=True), lambda: L(r=4, target_modules=QV, lora_bias=True, lora_alpha=3)),
+    "lora_bias without one": (llama, lambda: L(r=4, target_modules=QV, lora_bias=True, lora_alpha=3)),
+    "lora_bias of some": (Biases, lambda: L(r=4, target_modules=["0", "1", "2"], lora_bias=True, use_rslora=True)),
     "modules_to_save": (llama, lambda: L(r=4, target_modules=QV, modules_to_save=["lm_head"])),
     "modules_to_save tied": (
         tied,
@@ -132,6 +139,12 @@ CASES = {
     ),
     "oft shared": (llama, lambda: peft.OFTConfig(oft_block_size=4, block_share=True, target_modules=QV)),
     "oft 3 terms": (llama, lambda: peft.OFTConfig(oft_block_size=4, num_cayley_neumann_terms=3, target_modules=QV)),
+    "oft patches": (Conv, lambda: peft.OFTConfig(oft_block_size=4, target_modules=["c2"])),
+    "oft patches exact": (
+        Conv,
+        lambda: peft.OFTConfig(oft_block_size=3, use_cayley_neumann=False, target_modules=["c2", "c2g"]),
+    ),
+    "oft patches shared": (Conv, lambda: peft.OFTConfig(oft_block_size=6, block_share=True, target_modules=["c2"])),
     "oft 1x1": (Conv, lambda: peft.OFTConfig(oft_block_size=2, target_modules=["c2p"])),
 }
 SMALL = {"oft": 0.1}  # the Neumann series is a rotation for small generators only
@@ -177,30 +190,27 @@ def test_both_directions(case, tmp_path, capsys, record_property):
 
 shared = pytest.mark.skipif(not FIXTURES.is_dir(), reason="the shared fixtures are not here")
 OF_CONV, OF_EMB = (
-    {"lora_conv_dora", "loha_conv", "loha_conv_flat", "lokr_conv"},
+    {"lora_conv", "lora_conv_dora", "loha_conv", "loha_conv_flat", "lokr_conv", "oft_conv"},
     {"lora_emb", "lora_emb_dora", "lora_bias_lora_only", "hira_emb"},
 )
 BASES = {
-    **dict.fromkeys(OF_CONV | {"lora_conv", "oft_conv"}, Conv),
+    **dict.fromkeys(OF_CONV, Conv),
     **dict.fromkeys(OF_EMB, Emb),
     "lora_mha": MHA,
     "lora_params_moe": Moe,
     "lora_gpt2": gpt2,
-    "lora_bias": partial(llama, attention_bias=True),
     "lora_bdlora": partial(llama, head_dim=2),
     **dict.fromkeys(("lora_embed_lmhead_tied", "lora_embed_tied_ensure", "lora_trainable_tokens_tied"), tied),
 }
 READ = [
-    *("lora", "lora_bias", "lora_bias_lora_only", "lora_conv_dora", "lora_dora", "lora_emb"),
+    *("lora", "lora_bias", "lora_bias_lora_only", "lora_conv", "lora_conv_dora", "lora_dora", "lora_emb"),
     *("lora_emb_dora", "lora_embed_lmhead", "lora_embed_lmhead_tied", "lora_embed_tied_ensure"),
     *("lora_gpt2", "lora_mha", "lora_modules_to_save", "lora_params_moe", "lora_pattern"),
     *("lora_pissa", "lora_seqtask", "lora_trainable_tokens", "lora_trainable_tokens_tied"),
     *("trainable_tokens", "lora_mica", "adalora", "loha", "loha_conv", "loha_conv_flat", "lokr"),
-    *("lokr_both", "lokr_conv", "lokr_full", "hira", "hira_emb", "oft", "oft_shared"),
+    *("lokr_both", "lokr_conv", "lokr_full", "hira", "hira_emb", "oft", "oft_conv", "oft_shared"),
 ]
 REFUSED = {
-    "lora_conv": "groups=2",
-    "oft_conv": "overlapping patches",
     "lora_alora": "alora_invocation_tokens",
     "lora_bdlora": "use_bdlora",
     "lora_kasa": "kasa_config",
@@ -241,8 +251,34 @@ def test_every_fixture_of_these_kinds(name, tmp_path):
     adapter = rw.formats.peft.load(ours, folder)
     x = inputs(base)
     assert figures(ours, theirs, base, x) <= TOLERANCE
+    adapter.save(tmp_path / "own")
+    again = made(build)
+    rw.load(again, tmp_path / "own")
+    assert torch.equal(output(again.eval(), x), output(ours.eval(), x))
     rw.export(adapter, tmp_path / "back")
     assert figures(load_peft(build, tmp_path / "back"), theirs, base, x) <= TOLERANCE
+
+
+@shared
+@pytest.mark.parametrize("name", ["lora_bias", "lora_conv", "oft_conv"])
+def test_fixtures_that_train_on(name, tmp_path):
+    build = BASES.get(name, llama)
+    model = made(build)
+    base = {n: p.clone() for n, p in model.state_dict().items()}
+    adapter = rw.formats.peft.load(model, drawn_again(FIXTURES / name, tmp_path / "theirs"), trainable=True)
+    y = model(inputs(model))
+    getattr(y, "logits", y).square().mean().backward()
+    before = {n: p.detach().clone() for n, p in adapter.named_parameters()}
+    adapter.optimizer().step()
+    assert not [n for n, p in adapter.named_parameters() if torch.equal(p, before[n])]
+    kept = {n: p for n, p in model.state_dict().items() if ".adapters." not in n}
+    assert kept.keys() == base.keys() and all(torch.equal(p, base[n]) for n, p in kept.items())
+    rw.export(adapter, tmp_path / "back")
+    x = inputs(model)
+    assert figures(load_peft(build, tmp_path / "back"), model, made(build), x) <= TOLERANCE
+    other = made(build)
+    rw.attach(other, adapter.recipe)  # its recipe finds the same places again
+    assert rw.adapters(other)["default"].keys() == adapter.keys()
 
 
 @shared
@@ -373,13 +409,7 @@ def test_a_pickle_is_never_run(tmp_path):
         rw.formats.peft.load(made(llama), folder)
 
 
-def test_lora_bias_needs_a_bias_to_be_folded_into(tmp_path):
-    folder = edited(tmp_path, config=L(r=4, target_modules=QV, lora_bias=True))
-    with pytest.raises(rw.errors.ConversionError, match="lora_bias"):
-        rw.formats.peft.load(made(llama), folder)
-
-
-@pytest.mark.parametrize("changes", [{"dilation": 2}, {"padding_mode": "reflect"}, {"groups": 2}])
+@pytest.mark.parametrize("changes", [{"dilation": 2}, {"padding_mode": "reflect"}])
 def test_convolutions_that_peft_adapts_otherwise(changes, tmp_path):
     build = lambda: nn.Sequential(OrderedDict(c=nn.Conv2d(4, 8, 3, padding=1, **changes)))  # noqa: E731
     folder = edited(tmp_path, build, L(r=4, target_modules=["c"]))
@@ -389,6 +419,38 @@ def test_convolutions_that_peft_adapts_otherwise(changes, tmp_path):
     adapter = rw.attach(model, rw.recipe("lora", rank=2, sites=rw.Sites(targets="c")))
     with pytest.raises(rw.errors.ConversionError, match=next(iter(changes))):
         rw.export(adapter, tmp_path / "back")
+
+
+def test_lora_bias_only_where_peft_has_it(tmp_path):
+    sites = rw.Sites(targets=["0", "1"], train=["1.bias"])
+    _, adapter = attached(rw.recipe("dora", rank=2, sites=sites), Biases)
+    with pytest.raises(rw.errors.ConversionError, match="plain LoRA"):
+        rw.export(adapter, tmp_path)
+    _, adapter = attached(rw.recipe("lora", rank=2, sites=rw.Sites(targets="0", train=["1.bias"])), Biases)
+    with pytest.raises(rw.errors.ConversionError, match="plain LoRA"):
+        rw.export(adapter, tmp_path)
+
+
+def test_oft_of_a_weight_is_no_oft_of_patches(tmp_path):
+    _, adapter = attached(rw.recipe("oft", block=4, sites=rw.Sites(targets="c2")), Conv)
+    with pytest.raises(rw.errors.ConversionError, match="PatchOFT"):
+        rw.export(adapter, tmp_path)
+
+
+def test_a_magnitude_does_not_cross_groups(tmp_path):
+    folder = edited(tmp_path, Conv, L(r=4, target_modules=["c2g"]), use_dora=True)
+    with pytest.raises(rw.errors.ConversionError, match="crosses its groups"):
+        rw.formats.peft.load(made(Conv), folder)
+    _, adapter = attached(rw.recipe("dora", rank=2, sites=rw.Sites(targets="c2g")), Conv)
+    with pytest.raises(rw.errors.ConversionError, match="no groups"):
+        rw.export(adapter, tmp_path / "back")
+
+
+def test_our_lora_in_groups_is_one_across_them(tmp_path):
+    recipe = rw.recipe("rslora", rank=3, sites=rw.Sites(targets=["c2", "c2g"]))
+    report, figure = round_trip(recipe, tmp_path, Conv)
+    assert report.method == "LORA"
+    assert figure <= TOLERANCE
 
 
 def test_a_peft_model_is_refused(tmp_path):

@@ -12,11 +12,13 @@ from rankwise.sites import Sites
 from rankwise.structures import (
     OFT,
     Anchored,
+    CrossGroup,
     HiRA,
     LoHa,
     LoKr,
     LoRA,
     Magnitude,
+    PatchOFT,
     Replace,
     Rows,
     Stack,
@@ -85,7 +87,9 @@ TOKENS: tuple[Structure, ...] = (
     Stack(TokenRows((4, 6)), OFT(4)),
     Magnitude(TokenRows((0, 11))),
 )
-STRUCTURES = (*LEAVES, *WRAPPED, *ROWS, *TOKENS)
+ACROSS: tuple[Structure, ...] = (CrossGroup(6), CrossGroup(8, None), Stack(OFT(4), CrossGroup(6, 3.0, "alpha/sqrt(r)")))
+PATCHES: tuple[Structure, ...] = (PatchOFT(4), PatchOFT(3, terms=5), Stack(Replace(), PatchOFT(4)))
+STRUCTURES = (*LEAVES, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES)
 
 
 def normal(*shape: int) -> Callable[[int], Tensor]:
@@ -180,8 +184,19 @@ VOCABULARIES = {layer.name for layer in EMBEDDING} | {"Embedding", "tied head"}
 SPATIAL = {layer.name for layer in CONV} | {"Conv2d", "ConvTranspose1d"}
 
 
+def groups(layer: Layer) -> int:
+    """Of the convolution; 1 of other layers."""
+    return max(getattr(module, "groups", 1) for module in layer.make().modules())
+
+
 def possible(structure: Structure, layer: Layer) -> bool:
-    """Token rows need a vocabulary, row parts a matrix whose rows are output units."""
+    """Token rows need a vocabulary, row parts a matrix whose rows are output units; some need a convolution."""
+    if structure in ACROSS:
+        g = groups(layer)
+        rank = getattr(structure, "rank", 6)
+        return g > 1 and rank % g == 0
+    if structure in PATCHES:
+        return "2d" in layer.name
     if structure in TOKENS:
         return layer.name in VOCABULARIES
     return structure not in ROWS or layer.name not in VOCABULARIES | SPATIAL

@@ -5,16 +5,27 @@ from dataclasses import dataclass, fields, is_dataclass
 
 import pytest
 import torch
-from law_cases import CASES, STRUCTURES, TABLE, possible
-from torch import Tensor
+from law_cases import ACROSS, CASES, CONV, PATCHES, STRUCTURES, TABLE, possible
+from torch import Tensor, nn
 
 import rankwise as rw
 from rankwise import structures
-from rankwise.errors import TargetError
+from rankwise.errors import IncompatibleAxes, NotMergeable, RankError, TargetError
 from rankwise.host import Site
 from rankwise.ops import Dense, LinearOperator, Product
-from rankwise.structures import Additive, Factor, Factors, LoRA, Start, Structure
-from rankwise.testing import LAYERS, accepts, check_on, check_structure
+from rankwise.structures import (
+    Additive,
+    CrossGroup,
+    Factor,
+    Factors,
+    LoRA,
+    Magnitude,
+    PatchOFT,
+    Stack,
+    Start,
+    Structure,
+)
+from rankwise.testing import LAYERS, accepts, check_on, check_structure, randomise
 
 
 @pytest.mark.parametrize(("structure", "layer"), CASES, ids=lambda v: getattr(v, "name", repr(v)))
@@ -46,6 +57,81 @@ def test_every_exported_structure_is_in_the_table():
     exported = (getattr(structures, name) for name in structures.__all__)
     concrete = {c for c in exported if isinstance(c, type) and issubclass(c, Structure) and not inspect.isabstract(c)}
     assert concrete == set().union(*(parts(s) for s in STRUCTURES))
+
+
+# -- L1 of what has no weight of the layer's shape ------------------------------------------------
+
+GROUPED = [layer for layer in CONV if possible(CrossGroup(6), layer)]
+
+
+def adapted(structure, layer):
+    """A model with random factors, its base, those factors and inputs."""
+    torch.manual_seed(0)
+    base, model, x = *(layer.make().double() for _ in range(2)), layer.inputs(3)
+    model.load_state_dict(base.state_dict())
+    adapter = rw.attach(model, rw.Recipe(structure, sites=layer.sites))
+    randomise(adapter, lambda: model(x))
+    return model, base, adapter["0"], x
+
+
+@pytest.mark.parametrize("layer", GROUPED, ids=lambda v: v.name)
+def test_across_groups_is_a_convolution_without_groups(layer):
+    model, base, f, x = adapted(CrossGroup(6, 3.0), layer)
+    conv = base[0]
+    g, n = conv.groups, 6 // conv.groups
+    at = [o // (conv.out_channels // g) * n for o in range(conv.out_channels)]  # the group's first channel of A
+    kernel = torch.stack([b @ f["a"][i : i + n] for b, i in zip(f["b"], at, strict=True)])
+    dense = type(conv)(
+        *(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding),
+        **{"dilation": conv.dilation, "padding_mode": conv.padding_mode, "bias": False},
+        **({"output_padding": conv.output_padding} if conv.transposed else {}),
+    ).double()
+    kernel = kernel.unflatten(1, (conv.in_channels, *conv.kernel_size))
+    dense.weight.data = kernel.transpose(0, 1) if conv.transposed else kernel
+    torch.testing.assert_close(model(x), base(x) + 3 / 6 * dense(x), rtol=0, atol=1e-12)
+
+
+def test_patches_are_rotated_and_added_up():
+    """One pixel of one patch after another, as PEFT 0.21.2 lays them."""
+    layer = next(c for c in CONV if c.name == "Conv2d(4, 8, (3, 2), stride=(1, 2), padding=(1, 0))")
+    model, base, f, x = adapted(PatchOFT(6), layer)
+    rotation = PatchOFT(6).operator(f).dense()
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(24).double())
+    n, c, h, w = x.shape
+    rows, cols = h - 3 + 1, w - 2 + 1
+    turned = torch.zeros(n, c, rows * cols * 6, dtype=torch.float64)  # a channel's values: position, then kernel
+    for i in range(rows):
+        for j in range(cols):
+            patch = x[:, :, i : i + 3, j : j + 2].reshape(n, -1) @ rotation.T
+            turned[:, :, (i * cols + j) * 6 :][:, :, :6] = patch.reshape(n, c, 6)
+    image = torch.zeros_like(x)
+    for place in range(rows * cols * 6):  # read as kernel, then position
+        k, at = divmod(place, rows * cols)
+        image[:, :, at // cols + k // 2, at % cols + k % 2] += turned[:, :, place]
+    torch.testing.assert_close(model(x), base(image), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", [*ACROSS, *PATCHES], ids=repr)
+def test_what_has_no_weight_says_so(structure):
+    layer = next(layer for layer in TABLE if possible(structure, layer))
+    model, _, f, x = adapted(structure, layer)
+    y = model(x)
+    with pytest.raises(NotMergeable, match="Serve it unmerged"):
+        structure.weight(f, torch.zeros(12, 36, dtype=torch.float64))
+    with pytest.raises(NotMergeable, match="the structures at \\['0'\\] have none. Serve them unmerged"):
+        rw.merge(model)
+    with pytest.raises(NotMergeable), rw.merged(model):
+        raise AssertionError("it merged")
+    assert torch.equal(model(x), y)
+    for wrap in (Magnitude, lambda s: Stack(s, LoRA(2)), structures.Anchored):
+        with pytest.raises(IncompatibleAxes, match=r"\."):
+            wrap(structure)
+
+
+def test_a_rank_across_groups_is_a_multiple_of_them():
+    conv = nn.Sequential(nn.Conv2d(6, 6, 3, groups=3))
+    with pytest.raises(RankError, match="multiple"):
+        rw.attach(conv, rw.Recipe(CrossGroup(4), sites=rw.Sites("0")))
 
 
 # -- a method from outside, and what the laws catch -----------------------------------------------

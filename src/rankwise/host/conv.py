@@ -3,8 +3,8 @@ dilation and number of groups.
 
 The weight is seen as a matrix (out, in/g * k), g groups, k the kernel's size. An operator that is
 low rank runs as a convolution to r channels and a 1x1: within every group the same (r, in/g * k)
-right factor, then that group's rows of the left one. A batch of operators (B, ...) folds the batch
-into the groups.
+right factor, then that group's rows of the left one. An operator (out, in * k) runs without groups.
+A batch of operators (B, ...) folds the batch into the groups.
 """
 
 from collections.abc import Callable
@@ -39,17 +39,18 @@ class ConvHost(LayerHost):
         m = self.module
         k = prod(m.kernel_size)
         cols = m.in_channels // m.groups * k
-        return Site(name, self.kind, m.out_channels, cols, k, tuple(m.weight.shape))
+        return Site(name, self.kind, m.out_channels, cols, k, tuple(m.weight.shape), groups=m.groups)
 
     # -- matrix <-> kernel ------------------------------------------------------------------
 
     def tensor(self, w: Tensor) -> Tensor:  # (*batch, out, in/g * k); a batch is folded away
         m = self.module
-        out, size = w.shape[-2], m.in_channels // m.groups
+        size = w.shape[-1] // prod(m.kernel_size)
         if not m.transposed:
             return w.reshape(-1, size, *m.kernel_size)
-        w = w.reshape(-1, out // m.groups, size, *m.kernel_size)  # (batch * g, out/g, in/g, *k)
-        return w.transpose(1, 2).reshape(-1, out // m.groups, *m.kernel_size)
+        out = w.shape[-2] * size // m.in_channels  # of a group
+        w = w.reshape(-1, out, size, *m.kernel_size)  # (batch * g, out/g, in/g, *k)
+        return w.transpose(1, 2).reshape(-1, out, *m.kernel_size)
 
     def matrix(self, tensor: Tensor) -> Tensor:
         m = self.module
@@ -59,9 +60,9 @@ class ConvHost(LayerHost):
 
     # -- the map ----------------------------------------------------------------------------
 
-    def _convolve(self, x: Tensor, kernel: Tensor, folds: int = 1) -> Tensor:
+    def _convolve(self, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
         m = self.module
-        dims, groups = len(m.kernel_size), m.groups * folds
+        dims = len(m.kernel_size)
         if m.transposed:
             # a folded batch changes the channel dim only, never the spatial size
             extra = m._output_padding(x, self.output_size, m.stride, m.padding, m.kernel_size, dims, m.dilation)
@@ -72,24 +73,25 @@ class ConvHost(LayerHost):
         return _CONV[dims](x, kernel, None, m.stride, 0, m.dilation, groups)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._convolve(x, self.module.weight)
+        return self._convolve(x, self.module.weight, self.module.groups)
 
     def mv(self, op: LinearOperator, x: Tensor) -> Tensor:
         m = self.module
         pair, (rows, cols) = op.lower(), op.shape
+        groups = m.in_channels * prod(m.kernel_size) // cols  # the layer's, or one
         dense = pair is None or pair.left.shape[-1] * (rows + cols) >= rows * cols
         first = op.dense() if pair is None or dense else pair.right
         batched = first.dim() == 3
         folds = first.shape[0] if batched else 1
         h = x.reshape(1, -1, *x.shape[2:]) if batched else x
         if pair is None or dense:
-            y = self._convolve(h, self.tensor(first.to(x.dtype)), folds)
+            y = self._convolve(h, self.tensor(first.to(x.dtype)), groups * folds)
         else:
             right = pair.right.to(x.dtype)  # the same in every group
-            h = self._convolve(h, self.tensor(torch.cat([right] * m.groups, dim=-2)), folds)
+            h = self._convolve(h, self.tensor(torch.cat([right] * groups, dim=-2)), groups * folds)
             left = pair.left.to(x.dtype).flatten(0, -2)  # (batch * out, r)
             ones = (1,) * len(m.kernel_size)
-            y = _CONV[len(ones)](h, left.reshape(*left.shape, *ones), groups=m.groups * folds)
+            y = _CONV[len(ones)](h, left.reshape(*left.shape, *ones), groups=groups * folds)
         return y.reshape(folds, rows, *y.shape[2:]) if batched else y
 
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:

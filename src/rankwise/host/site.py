@@ -31,6 +31,7 @@ class Site:
         rows: out, the rows of the weight seen as a matrix.
         cols: in, its columns; for a convolution in/groups * kernel.
         kernel: how many of the columns belong to one input channel (1 but for convolutions).
+        groups: of a convolution, each with rows/groups rows and input channels of its own.
         shape: the parameter's own shape, for structures that replace it whole.
         stack: number of matrices in a stacked parameter (experts), or None for one matrix.
         layer: index of the block, None outside of blocks.
@@ -48,6 +49,7 @@ class Site:
     layer: int | None = None
     layers: int = 0
     role: str = "other"
+    groups: int = 1
 
 
 def flat_tokens(x: Tensor) -> Tensor:
@@ -134,9 +136,10 @@ class Stored(ABC):
         self.storage.put(self.storage.encode(self.tensor(w)))
 
     @final
-    def parameter(self) -> nn.Parameter:
-        """The parameter itself, to tell shared weights."""
-        return self.storage.module._parameters[self.storage.name]
+    def parameter(self) -> Tensor:
+        """The parameter itself, to tell shared weights; zeros for a bias that the layer has not."""
+        found = self.storage.module._parameters[self.storage.name]
+        return self.storage.dense() if found is None else found
 
     @property
     @final

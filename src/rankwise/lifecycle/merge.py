@@ -121,6 +121,8 @@ def _planned(model: nn.Module, names: str | Sequence[str] | None) -> tuple[list[
     if unknown := [n for n in chosen if n not in registry.adapters]:
         raise UnknownName(f"Only attached adapters can be merged; found {unknown}, attached: {[*registry.adapters]}.")
     jobs = _jobs(model, chosen)
+    if fixed := [j.site for j in jobs if any("not_mergeable" in level.structure.traits for level in j.levels)]:
+        raise NotMergeable(f"Merging writes weights, and the structures at {fixed[:4]} have none. Serve them unmerged.")
     return jobs, MergeReport(tuple(job.report() for job in jobs))
 
 
@@ -143,7 +145,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, max_los
     Raises:
         UnknownName: a name that is not attached.
         ActivityError: rows are being routed.
-        NotMergeable: the merged weights would hold NaN or infinity.
+        NotMergeable: a structure with that trait, or the merged weights would hold NaN or infinity.
     """
     jobs, report = _planned(model, names)
     lossy = [s for s in report.sites if s.kept < 1 - max_loss]
@@ -175,7 +177,7 @@ def merged(model: nn.Module, names: str | Sequence[str] | None = None) -> Iterat
     Raises:
         UnknownName: a name that is not attached.
         ActivityError: rows are being routed.
-        NotMergeable: the merged weights would hold NaN or infinity.
+        NotMergeable: a structure with that trait, or the merged weights would hold NaN or infinity.
     """
     jobs, report = _planned(model, names)
     activity = registry_of(model).activity

@@ -191,12 +191,12 @@ class Hadamard(LinearOperator):
 
 @final
 class BlockDiagonal(LinearOperator):
-    """Square blocks (*batch, k, b, b) on the diagonal of a (k b, k b) matrix."""
+    """Blocks (*batch, k, c, b) on the diagonal of a (k c, k b) matrix."""
 
     def __init__(self, blocks: Tensor) -> None:
         self.blocks = blocks
-        size = self.blocks.shape[-3] * self.blocks.shape[-1]
-        self.shape = size, size
+        k, c, b = self.blocks.shape[-3:]
+        self.shape = k * c, k * b
 
     def mv(self, x: Tensor) -> Tensor:
         k, b = self.blocks.shape[-3], self.blocks.shape[-1]
@@ -207,7 +207,7 @@ class BlockDiagonal(LinearOperator):
     def dense(self) -> Tensor:
         k = self.blocks.shape[-3]
         eye = torch.eye(k, dtype=self.blocks.dtype, device=self.blocks.device)
-        full = self.blocks.unsqueeze(-2) * eye[:, None, :, None]  # (*batch, k, b, k, b)
+        full = self.blocks.unsqueeze(-2) * eye[:, None, :, None]  # (*batch, k, c, k, b)
         return full.reshape(*self.blocks.shape[:-3], *self.shape)
 
     @property

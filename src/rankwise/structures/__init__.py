@@ -1,5 +1,6 @@
 """Structures: how trainable factors become an update, and how it meets the frozen weight."""
 
+from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.lowrank import LoRA, SVDForm
 from rankwise.structures.products import HiRA, LoHa, LoKr
 from rankwise.structures.rotations import OFT
@@ -8,6 +9,6 @@ from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
-    "OFT", "Added", "Additive", "Anchored", "Factor", "Factors", "Gate", "HiRA", "LoHa", "LoKr", "LoRA", "Magnitude",
-    "Replace", "Rotation", "Rows", "SVDForm", "Stack", "Start", "Structure", "TokenRows",
+    "OFT", "Added", "Additive", "Anchored", "CrossGroup", "Factor", "Factors", "Gate", "HiRA", "LoHa", "LoKr", "LoRA",
+    "Magnitude", "PatchOFT", "Replace", "Rotation", "Rows", "SVDForm", "Stack", "Start", "Structure", "TokenRows",
 ]  # fmt: skip

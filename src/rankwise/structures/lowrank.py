@@ -6,7 +6,7 @@ from typing import final
 from rankwise.errors import IncompatibleAxes
 from rankwise.host import Site
 from rankwise.ops import Dense, Diagonal, LinearOperator, Product
-from rankwise.structures.structure import Additive, Factor, Factors, Start, check_rank
+from rankwise.structures.structure import Additive, Factor, Factors, Leaf, Start, check_rank
 
 
 def scale_of(rank: int, alpha: float | None, rule: str) -> float:
@@ -17,8 +17,8 @@ def scale_of(rank: int, alpha: float | None, rule: str) -> float:
 
 
 @dataclass(frozen=True)
-class _Ranked(Additive):
-    """What the two share: a rank and a scale."""
+class Ranked(Leaf):
+    """A rank and a scale."""
 
     rank: int = 16
     alpha: float | None = 16.0
@@ -38,7 +38,7 @@ class _Ranked(Additive):
 
 @final
 @dataclass(frozen=True)
-class LoRA(_Ranked):
+class LoRA(Ranked, Additive):
     """``W + s B A`` (Hu et al. 2021, arXiv 2106.09685).
 
     Attributes:
@@ -60,7 +60,7 @@ class LoRA(_Ranked):
 
 @final
 @dataclass(frozen=True)
-class SVDForm(_Ranked):
+class SVDForm(Ranked, Additive):
     """``W + s B diag(e) A``, AdaLoRA's three factors (Zhang et al. 2023, arXiv 2303.10512).
 
     Attributes:

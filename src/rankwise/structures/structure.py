@@ -79,6 +79,7 @@ class Structure(ABC):
     - ``anchored``: may start anywhere, since the start is subtracted;
     - ``additive``: y = host(x) + update(x);
     - ``drops``: honours dropout on its input;
+    - ``not_mergeable``: no dense form, ``weight`` raises: excepted from L1;
     - ``moves_at_start``, ``identity_to_rounding``: documented exceptions to L2.
     """
 

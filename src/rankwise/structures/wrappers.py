@@ -31,6 +31,16 @@ def named(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
     return {f"{prefix}_{name}": value for name, value in values.items()}
 
 
+def check_dense(wrapper: str, inner: Structure) -> None:
+    """Refuse a structure inside that has no weight.
+
+    Raises:
+        IncompatibleAxes: it has none.
+    """
+    if "not_mergeable" in inner.traits:
+        raise IncompatibleAxes(f"{wrapper} needs the weight inside; {inner!r} has none. Put it on top, by Stack.")
+
+
 def row_norm(w: Tensor) -> Tensor:
     """Euclidean norm of each row of w (*batch, out, in), at least in float32: (*batch, out)."""
     return torch.linalg.vector_norm(w.to(torch.promote_types(w.dtype, torch.float32)), dim=-1)
@@ -55,6 +65,7 @@ class Magnitude(Structure):
             raise IncompatibleAxes(
                 "A magnitude on a magnitude is the same magnitude; found Magnitude(Magnitude(...)). Keep one."
             )
+        check_dense("A magnitude", self.inner)
         keep(self, traits=self.inner.traits - {"additive"} | {"identity_to_rounding"})
 
     def factors(self, site: Site) -> dict[str, Factor]:
@@ -209,8 +220,9 @@ class Stack(Structure):
     second: Structure
 
     def __post_init__(self) -> None:
+        check_dense("A stack on top", self.first)
         common = self.first.traits & self.second.traits
-        either = (self.first.traits | self.second.traits) & {"identity_to_rounding", "moves_at_start"}
+        either = (self.first.traits | self.second.traits) & {"identity_to_rounding", "moves_at_start", "not_mergeable"}
         keep(self, traits=(common | either) - {"additive"})
 
     def factors(self, site: Site) -> dict[str, Factor]:

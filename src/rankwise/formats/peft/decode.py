@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import ConversionError, FileFormatError
-from rankwise.formats.peft.config import RESAVE, pattern
+from rankwise.formats.peft.config import MERGE, RESAVE, pattern
 from rankwise.formats.peft.layout import Place, check, ours
 from rankwise.host import LAYER, Site, host_of
 from rankwise.inits import Principal
 from rankwise.structures import OFT, Anchored, HiRA, LoHa, LoKr, LoRA, Magnitude, Structure, SVDForm
+from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.wrappers import named
 
 
@@ -37,6 +38,8 @@ def decode(
         # the start that PEFT has cut out of the base
         f |= named("anchor", Principal()(site, structure, host_of(module, LAYER).weight, None))
         structure = Anchored(structure)
+    if config.get("use_dora") and site.groups > 1:
+        raise ConversionError(f"PEFT's LoRA of {site.name} crosses its groups: no weight for a DoRA. {MERGE}")
     if config.get("use_dora"):
         structure = Magnitude(structure)
     lead = () if site.stack is None else (site.stack,)
@@ -60,20 +63,22 @@ def _structure(config: Mapping[str, Any], place: Place, f: dict[str, Tensor]) ->
         terms = config["num_cayley_neumann_terms"] if config["use_cayley_neumann"] else None
         q = f["q"]
         block = round((1 + (1 + 8 * q.shape[-1]) ** 0.5) / 2)
-        q = q.expand(site.cols // block, -1) if len(q) == 1 else q
+        q = q.expand(site.cols * site.groups // block, -1) if len(q) == 1 else q
         # PEFT rotates x R(q), we W R: the transpose. Its inverse branch is the transpose already.
         f["q"] = q if terms is None else -q
-        return OFT(block, 4 if terms == 3 else terms)  # its 3 terms are our 4
+        plain = site.kernel == 1 == site.groups
+        return (OFT if plain else PatchOFT)(block, 4 if terms == 3 else terms)  # its 3 terms are our 4
     if kind == "ADALORA":
         first, alpha, r = config["init_r"], config["lora_alpha"], len(f.get("e", ()))
         if r > min(site.rows, site.cols):
             f["b"], f["e"] = f["b"] * f["e"], torch.ones(min(site.rows, site.cols))
         kept = _fit(f, site, r)
         return SVDForm(kept, (alpha if alpha > 0 else first) / (first + 1e-5) * kept)  # whatever the rank is by now
-    kept = _fit(f, site, r)
+    across = kind == "LORA" and site.groups > 1
+    kept = r if across else _fit(f, site, r)
     if kind == "LORA":
         rule, power = ("alpha/sqrt(r)", 0.5) if config.get("use_rslora") else ("alpha/r", 1)
-        return LoRA(kept, alpha * (kept / r) ** power, rule)
+        return (CrossGroup if across else LoRA)(kept, alpha * (kept / r) ** power, rule)
     return HiRA(kept) if kind == "HIRA" else LoHa(kept, alpha / r * kept)
 
 

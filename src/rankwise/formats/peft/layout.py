@@ -44,12 +44,12 @@ _ALL = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "embedding")
 _TUCKER = (("hada_t1", "hada_w1_a", "hada_w1_b"), ("hada_t2", "hada_w2_a", "hada_w2_b"))
 _TUCKER += (("lokr_t2", "lokr_w2_a", "lokr_w2_b"),)  # a core (r, r, *kernel), its sides (r, out) and (r, in)
 METHODS = {
-    "LORA": Method(LoRA, _PAIR, (*_ALL, "parameter")),
+    "LORA": Method(LoRA, _PAIR, (*_ALL, "parameter"), ("groups",)),
     "ADALORA": Method(SVDForm, _SVD, ("Linear", "Conv1D", "Conv2d"), ("groups", "dilation")),
     "LOHA": Method(LoHa, _HADA, ("Linear", "Conv1d", "Conv2d"), ("groups", "dilation")),
     "LOKR": Method(LoKr, _KRON, ("Linear", "Conv1d", "Conv2d"), ("groups", "dilation")),
     "HIRA": Method(HiRA, {"a": "hira_A", "b": "hira_B"}, _ALL, ("dilation",)),
-    "OFT": Method(OFT, {"q": "oft_R.weight"}, ("Linear", "Conv2d")),
+    "OFT": Method(OFT, {"q": "oft_R.weight"}, ("Linear", "Conv2d"), ("groups",)),
 }
 
 
@@ -72,8 +72,7 @@ def check(kind: str, site: Site, module: Any) -> None:
         plain = {"padding_mode": "zeros", "transposed": False, "groups": 1, "dilation": (1,) * len(module.dilation)}
         facts = {k: getattr(module, k) for k, v in plain.items() if k not in method.free and getattr(module, k) != v}
         wrong += [f"{k}={v}" for k, v in facts.items()]
-    if kind == "OFT" and site.kernel > 1:
-        wrong.append("a kernel above 1x1: it rotates overlapping patches and adds them up")
+        wrong += ["a kernel that is no square"] if kind == "OFT" and len({*module.kernel_size}) > 1 else []
     if wrong:
         raise ConversionError(
             f"PEFT's {kind} is ours on {', '.join(method.layers)}, plain ones if convolutions; found {site.name} with "

@@ -26,7 +26,7 @@ from rankwise.host import LAYER, ParameterHost, host_of
 from rankwise.inits import Kaiming, Principal
 from rankwise.model_state import check_model, freeze_base, untied
 from rankwise.sites import Override, Sites, Target
-from rankwise.structures import LoRA, Replace, Stack, TokenRows
+from rankwise.structures import CrossGroup, LoRA, Replace, Stack, TokenRows
 from rankwise.structures.wrappers import named
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -119,11 +119,11 @@ class _Loading:
         pad = getattr(module, "padding_idx", None)
         if pad is not None and ("magnitude" in values or values["a"][:, pad].any()):
             self.left.append(f"the update of {place.key}'s padding row {pad}, which stays the base's")
-        if bias is not None:  # times s it is a new bias of the layer, where it has one
-            old = module._parameters.get("bias")
-            if old is None or c.slot != LAYER or not isinstance(structure, LoRA):
-                raise ConversionError(f"lora_bias is kept in the layer's own bias, and {path} has none. {MERGE}")
-            start = self.placed[f"{path}.bias"][1]["value"] if f"{path}.bias" in self.placed else old.detach().float()
+        if bias is not None:  # times s it is added to the layer's bias
+            if c.slot != LAYER or not isinstance(structure, LoRA | CrossGroup):
+                raise ConversionError(f"lora_bias is kept as the layer's own bias, and {path} can have none. {MERGE}")
+            held = self.placed.get(f"{path}.bias")
+            start = held[1]["value"] if held else host_of(module, "bias").weight().detach().float()
             self.replace(path, "bias", start.cpu() + structure.scale * bias.float())
         whole = self.placed.pop(f"{c.path}.weight", None) if c.slot == LAYER else None
         if whole is not None:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +23,7 @@ from rankwise.formats.peft.layout import METHODS, Place, check, layer_of, places
 from rankwise.formats.report import ExportReport
 from rankwise.host import host_of
 from rankwise.structures import OFT, Added, LoRA, Magnitude, Replace, Rows, Stack, Structure, TokenRows
+from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.wrappers import under
 
 WEIGHTS = "adapter_model.safetensors"
@@ -46,6 +47,7 @@ class _Draft:
         self.tensors: dict[str, Tensor] = {}
         self.settings: dict[str, Any] = {}
         self.targets: list[str] = []
+        self.scales: dict[str, float] = {}  # of a LoRA by target
         self.notes: list[str] = []
 
     def factors(self, p: Placement) -> dict[str, Tensor]:
@@ -86,13 +88,16 @@ def _numerator(scale: float, rank: int, root: bool = False) -> float:
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-9) else alpha
 
 
+Pair: TypeAlias = tuple[LoRA | CrossGroup, dict[str, Tensor]]
+
+
 def _unit(a: Tensor, b: Tensor) -> tuple[LoRA, dict[str, Tensor]]:
     return LoRA(a.shape[-2], None), {"a": a, "b": b}
 
 
-def _exactly(structure: Structure, f: dict[str, Tensor], rows: int) -> tuple[LoRA, dict[str, Tensor]] | None:
+def _exactly(structure: Structure, f: dict[str, Tensor], rows: int) -> Pair | None:
     """A LoRA of this map and its factors, a DoRA's magnitude among them, where there is one; rows of the weight."""
-    if isinstance(structure, LoRA):
+    if isinstance(structure, LoRA | CrossGroup):
         return structure, f
     if isinstance(structure, Magnitude):
         found = _exactly(structure.inner, f, rows)
@@ -109,7 +114,7 @@ def _exactly(structure: Structure, f: dict[str, Tensor], rows: int) -> tuple[LoR
     return low and _unit(low.right, low.left)
 
 
-def _pair(d: _Draft, p: Placement) -> tuple[LoRA, dict[str, Tensor]]:
+def _pair(d: _Draft, p: Placement) -> Pair:
     f, structure, path = d.factors(p), p.structure, p.carriers[0][0]
     if isinstance(structure, Stack) and isinstance(structure.first, Replace):
         d.add(path, {"base_layer.weight": d.host(p).tensor(f["first_value"])})
@@ -118,10 +123,13 @@ def _pair(d: _Draft, p: Placement) -> tuple[LoRA, dict[str, Tensor]]:
     if found is None:
         raise _refuse(p, "it has no such method")
     if "magnitude" in found[1]:
-        if p.site.kind == "parameter" or len(p.carriers) > 1:
-            raise _refuse(p, "its DoRA takes no bare parameters and no tied heads")
+        if p.site.kind == "parameter" or len(p.carriers) > 1 or p.site.groups > 1:
+            raise _refuse(p, "its DoRA takes no bare parameters, no tied heads and no groups")
         if getattr(d.modules[path], "padding_idx", None) is not None:
             d.notes.append(f"{p.site.name}: PEFT moves the padding row, which here stays the base's")
+    elif p.site.groups > 1 and isinstance(found[0], LoRA):  # as factors that could cross the groups and do not
+        s, g, a = found[0], p.site.groups, found[1]["a"]
+        return CrossGroup(s.rank * g, None), {"a": torch.block_diag(*[a] * g), "b": found[1]["b"] * s.scale}
     return found
 
 
@@ -134,6 +142,7 @@ def _lora(d: _Draft, placements: list[Placement]) -> None:
         if dora and "magnitude" not in f:
             raise _refuse(p, "its DoRA is of all sites or of none")
         key, size = d.put(p, f).key, (s.rank, _numerator(s.scale, s.rank, root))
+        d.scales[key] = s.scale
         if said.setdefault(key, size) != size:
             raise _refuse(p, "both projections of an attention have one rank and one alpha")
         for head, _, transposed in p.carriers[1:]:
@@ -180,11 +189,13 @@ def _products(d: _Draft, placements: list[Placement]) -> None:
 def _oft(d: _Draft, placements: list[Placement]) -> None:
     at: dict[str, tuple[int, int | None]] = {}  # block size and terms
     for p in placements:
-        assert isinstance(p.structure, OFT)
+        assert isinstance(p.structure, OFT | PatchOFT)
         q, n = d.factors(p)["q"], p.structure.terms
+        if isinstance(p.structure, OFT) and p.site.kernel * p.site.groups > 1:
+            raise _refuse(p, "it rotates overlapping patches of all channels and adds them up, which is PatchOFT")
         if n == 3:
             raise _refuse(p, "its OFT has 4 terms or more")
-        at[d.put(p, {"q": q if n is None else -q}).key] = p.site.cols // len(q), n
+        at[d.put(p, {"q": q if n is None else -q}).key] = p.site.cols * p.site.groups // len(q), n
     d.spread("oft_block_size", {k: block for k, (block, _) in at.items()})
     d.spread("num_cayley_neumann_terms", {k: n or 5 for k, (_, n) in at.items()})
     d.spread("use_cayley_neumann", {k: n is not None for k, (_, n) in at.items()})
@@ -215,12 +226,26 @@ def _tokens(d: _Draft, placements: list[Placement]) -> None:
         d.settings["trainable_token_indices"] = ids
 
 
+def _lora_bias(d: _Draft, p: Placement, path: str, value: Tensor) -> None:
+    """A bias that the layer itself has not: PEFT's has the LoRA's scale, and all layers have one."""
+    fits = all("bias" in getattr(d.modules.get(t), "_parameters", ()) for t in d.targets)
+    if not d.scales.get(path) or d.settings["use_dora"] or not fits:
+        raise _refuse(p, "a bias of its own goes with plain LoRA there, and on linear layers and convolutions only")
+    d.settings["lora_bias"] = True
+    d.add(path, {"lora_B.bias": value / d.scales[path]})
+    for key, b in [(k, v) for k, v in d.tensors.items() if k.endswith(".lora_B.weight")]:
+        d.tensors.setdefault(key.replace(".lora_B.weight", ".lora_B.bias"), torch.zeros(len(b), dtype=b.dtype))
+
+
 def _whole(d: _Draft, placements: list[Placement]) -> None:
     """Tensors trained whole: biases of adapted layers, else modules_to_save."""
     saved: list[str] = []
     for p in sorted(placements, key=lambda p: p.site.name.count(".")):
         path, slot, _ = p.carriers[0]
         value = d.host(p).tensor(d.factors(p)["value"])
+        if slot == "bias" and d.modules[path]._parameters[slot] is None:
+            _lora_bias(d, p, path, value)
+            continue
         if slot == "bias" and path in d.targets and d.kind in ("LORA", "ADALORA", "OFT"):
             d.settings["bias"] = "oft_only" if d.kind == "OFT" else "lora_only"
             d.add(path, {"base_layer.bias": value})
@@ -241,7 +266,7 @@ def _whole(d: _Draft, placements: list[Placement]) -> None:
 
 def _method(d: _Draft, placements: list[Placement]) -> str:
     """The one method of all sites, or LoRA where they have none in common."""
-    kinds = {m.structure: kind for kind, m in METHODS.items()}
+    kinds: dict[type[Structure], str] = {m.structure: kind for kind, m in METHODS.items()} | {PatchOFT: "OFT"}
     found = {kinds.get(type(p.structure), "LORA") for p in placements}
     kind = found.pop()
     fits = not found and {layer_of(p.site, d.modules[p.carriers[0][0]]) for p in placements} <= {*METHODS[kind].layers}
