@@ -8,9 +8,26 @@ import torch
 
 from rankwise import ops
 from rankwise.ops import BlockDiagonal, Dense, Diagonal, Hadamard, Kronecker, LinearOperator, Product, Scaled, Sum
-from rankwise.testing import check_operator
+from rankwise.testing.compare import Comparison
 
 Batch = tuple[int, ...]
+
+
+def check_operator(op: LinearOperator, batch: tuple[int, ...] = ()) -> float:
+    """The operator's laws: ``mv``, ``dense``, ``T``, ``rows`` and ``lower`` agree; the worst figure."""
+    (m, n), dense, lower = op.shape, op.dense(), op.lower()
+    x, z = (torch.randn(*batch, 5, size, dtype=torch.float64) for size in (n, m))
+    index = torch.randint(0, m, (*batch, 6))
+    compare = Comparison(type(op).__name__)
+    compare("operator law", dense, dense.expand(*batch, m, n), ".dense")
+    compare("operator law", op.mv(x), x @ dense.mT, ".mv")
+    compare("operator law", op.T.dense(), dense.mT, ".T")
+    compare("operator law", op.T.mv(z), z @ dense, ".T.mv")
+    compare("operator law", op.T.T.mv(x), x @ dense.mT, ".T.T.mv")
+    compare("operator law", op.rows(index), torch.take_along_dim(dense, index.unsqueeze(-1), dim=-2), ".rows")
+    if lower is not None:
+        compare("operator law", lower.left @ lower.right, dense, ".lower")
+    return compare.figures["operator"]
 
 
 def d(batch: Batch, m: int, n: int) -> Dense:

@@ -332,8 +332,7 @@ def load(
         for placement in saved.placements:
             module, slot, _ = io.carried(model, placement)[0]
             device = host_of(module, slot).parameter().device
-            tensors = saved.tensors[placement.site.name]
-            values.append({k: v.to(device) for k, v in tensors.items()})
+            values.append({k: v.to(device) for k, v in saved.tensors[placement.site.name].items()})
         prepare(base_modules(model).values())
         io.check_base(model, saved.placements, saved.base, any_base)
     if trainable:

@@ -57,8 +57,7 @@ def run_routed(holder: Adapters, rows: tuple[str | None, ...], base: Host, x: Te
         groups.setdefault(key, []).append(i)
     pieces, order = [], []
     for key, members in groups.items():
-        index = torch.tensor(members, device=x.device)
-        part = x.index_select(0, index)
+        part = x.index_select(0, torch.tensor(members, device=x.device))
         if key is None:
             pieces.append(base(part))
         else:

@@ -168,8 +168,7 @@ def _whole(model: nn.Module, sites: Sites) -> Iterator[tuple[Target, Placement]]
                     f"Only floating-point tensors can be trained whole; {full} is stored as {tensor.dtype}. "
                     f"Leave the module unquantised, or adapt it instead."
                 )
-            site = ParameterHost(modules[path], name).site(full)
-            yield target, Placement(site, Replace(), ((path, name, False),))
+            yield target, Placement(ParameterHost(modules[path], name).site(full), Replace(), ((path, name, False),))
 
 
 def resolve(model: nn.Module, structure: Structure, sites: Sites) -> tuple[Placement, ...]:
@@ -256,8 +255,7 @@ class TargetReport:
             f"{', '.join(r.examples)}{' ...' if r.count > len(r.examples) else ''}".rstrip()
             for r in self.rows
         ]
-        total = f"{_sites(self.sites)}, {self.parameters:,} trainable parameters"
-        return "\n".join([*lines, total])
+        return "\n".join([*lines, f"{_sites(self.sites)}, {self.parameters:,} trainable parameters"])
 
 
 def _sites(count: int) -> str:

@@ -17,10 +17,11 @@ import rankwise as rw
 from rankwise import inits, ranks, solvers
 from rankwise.errors import IncompatibleAxes
 from rankwise.inits import Gaussian, Init, Kaiming, Orthogonal, Principal
-from rankwise.ranks import Constant, Ranks
+from rankwise.ranks import Constant, Ranks, carry_out
 from rankwise.solvers import AdamW, LoRAPlus, Solver
 from rankwise.structures import OFT, Anchored, LoHa, LoRA, Magnitude
-from rankwise.testing import SAMPLES, check_init, check_ranks, check_solver, train_step
+from rankwise.testing import SAMPLES, check_init, check_solver, train_step
+from rankwise.testing.laws import legal
 
 STRUCTURES = (*LEAVES, *WRAPPED)
 INITS = (Kaiming(), Gaussian(), Gaussian(0.02), Orthogonal(), Principal(), Principal(4))
@@ -41,6 +42,19 @@ def concrete(module, base) -> set[type]:
 )
 def test_every_exported_axis_is_in_the_product(module, base, values):
     assert {c for c in concrete(module, base) if not inspect.isabstract(c)} == set(map(type, values))
+
+
+def check_ranks(ranks: Ranks, steps: int = 20) -> None:
+    """A rank plan is masks that fit the sites, and carrying it out zeroes what they hide."""
+    for recipe in legal(SAMPLES, ranks=ranks):
+        sites = rw.attach(nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8)).double(), recipe).sites
+        dims = {name: f.dims for name, factors in sites.items() for f in factors.described.values() if "rank" in f.dims}
+        given = {name: torch.rand(d["rank"]) for name, d in dims.items()}
+        for plan in filter(None, (ranks.plan(step, given) for step in range(1, steps + 1))):
+            for name, mask in plan.masks.items():
+                fits = mask.shape == given[name].shape and set(mask.unique().tolist()) <= {0.0, 1.0}
+                assert fits, f"{ranks!r} with {recipe.structure!r}: no mask of {name}'s ranks: {mask}"
+            carry_out(sites.values(), plan)
 
 
 def lives(recipe: rw.Recipe, base: nn.Module, folder) -> None:

@@ -83,8 +83,7 @@ class Magnitude(Structure):
     def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
         with torch.no_grad():
             direction = self.inner.weight(f, host.weight())
-        scale = self._scale(f, direction)
-        return host.scale_rows(scale, lambda x: self.inner.apply(f, x, host), x)
+        return host.scale_rows(self._scale(f, direction), lambda x: self.inner.apply(f, x, host), x)
 
     def weight(self, f: Factors, w: Tensor) -> Tensor:
         direction = self.inner.weight(f, w)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from rankwise.attachment import Adapter
 from rankwise.host import host_of
 from rankwise.io import carried
-from rankwise.ops import LinearOperator
 
 TOLERANCE = 1e-9
 EFFECT = 0.01  # a law that is tested on a change too small to see tests nothing
@@ -84,28 +83,3 @@ def truth(base: nn.Module, adapter: Adapter) -> nn.Module:
             host = host_of(module, slot)
             host.write(placement.structure.weight(adapter[placement.site.name], host.weight()))
     return model
-
-
-def check_operator(op: LinearOperator, batch: tuple[int, ...] = ()) -> float:
-    """The operator's laws: ``mv``, ``dense``, ``T``, ``rows`` and ``lower`` agree.
-
-    Args:
-        op: the operator, in float64.
-        batch: its batch dims, none or one.
-
-    Returns:
-        The worst figure.
-    """
-    (m, n), dense, lower = op.shape, op.dense(), op.lower()
-    x, z = (torch.randn(*batch, 5, size, dtype=torch.float64) for size in (n, m))
-    index = torch.randint(0, m, (*batch, 6))
-    compare = Comparison(type(op).__name__)
-    compare("operator law", dense, dense.expand(*batch, m, n), ".dense")
-    compare("operator law", op.mv(x), x @ dense.mT, ".mv")
-    compare("operator law", op.T.dense(), dense.mT, ".T")
-    compare("operator law", op.T.mv(z), z @ dense, ".T.mv")
-    compare("operator law", op.T.T.mv(x), x @ dense.mT, ".T.T.mv")
-    compare("operator law", op.rows(index), torch.take_along_dim(dense, index.unsqueeze(-1), dim=-2), ".rows")
-    if lower is not None:
-        compare("operator law", lower.left @ lower.right, dense, ".lower")
-    return compare.figures["operator"]

@@ -16,7 +16,6 @@ from rankwise.attachment import Adapter, attach, load, route, set_active
 from rankwise.errors import IncompatibleAxes, TargetError
 from rankwise.inits import Init
 from rankwise.lifecycle import merge
-from rankwise.ranks import Ranks, carry_out
 from rankwise.solvers import Solver
 from rankwise.structures import Structure
 from rankwise.testing.compare import TOLERANCE, Comparison, Figures, randomise, truth, worst
@@ -188,8 +187,7 @@ def check_init(
     Returns:
         The worst figure of L2.
     """
-    recipes = legal(structures, init=init)
-    return worst(_start(recipe, layer, stats, tolerance) for recipe in recipes for layer in LAYERS)
+    return worst(_start(r, layer, stats, tolerance) for r in legal(structures, init=init) for layer in LAYERS)
 
 
 def _start(recipe: Recipe, layer: Layer, stats: Stats, tolerance: float) -> Figures:
@@ -214,10 +212,6 @@ def _start(recipe: Recipe, layer: Layer, stats: Stats, tolerance: float) -> Figu
     return compare.figures
 
 
-def _two_layers() -> nn.Module:
-    return nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8)).double()
-
-
 def check_solver(solver: Solver, structures: Sequence[Structure] = SAMPLES) -> Figures:
     """A solver's groups hold each trainable factor once, and its steps lower a loss.
 
@@ -235,7 +229,7 @@ def _descent(recipe: Recipe) -> float:
     """The laws of a solver with one structure; the ratio of the losses."""
     where = f"{recipe.solver!r} with {recipe.structure!r}"
     torch.manual_seed(0)
-    model = _two_layers()
+    model = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8)).double()
     x, y = torch.randn(32, 12).double(), torch.randn(32, 8).double()
     adapter, losses = attach(model, recipe), []
     groups = adapter.groups(1e-3)
@@ -251,22 +245,3 @@ def _descent(recipe: Recipe) -> float:
         optimizer.step()
     assert losses[-1] < losses[0], f"{where}: the loss went from {losses[0]} to {losses[-1]}"
     return losses[-1] / losses[0]
-
-
-def check_ranks(ranks: Ranks, structures: Sequence[Structure] = SAMPLES, steps: int = 20) -> None:
-    """A rank plan is masks that fit the sites, and carrying it out zeroes what they hide.
-
-    Args:
-        ranks: the plan.
-        structures: structures to try; those without its required traits must be refused.
-        steps: how many optimizer steps to ask for.
-    """
-    for recipe in legal(structures, ranks=ranks):
-        sites = attach(_two_layers(), recipe).sites
-        dims = {name: f.dims for name, factors in sites.items() for f in factors.described.values() if "rank" in f.dims}
-        given = {name: torch.rand(d["rank"]) for name, d in dims.items()}
-        for plan in filter(None, (ranks.plan(step, given) for step in range(1, steps + 1))):
-            for name, mask in plan.masks.items():
-                fits = mask.shape == given[name].shape and set(mask.unique().tolist()) <= {0.0, 1.0}
-                assert fits, f"{ranks!r} with {recipe.structure!r}: no mask of {name}'s ranks: {mask}"
-            carry_out(sites.values(), plan)
