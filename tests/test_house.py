@@ -27,7 +27,7 @@ LEVELS = [
     {"weights"},
     {"host"},
     {"structures"},
-    {"activity", "sites", "adapter", "graft", "candidates", "placement", "model_state", "stats"},
+    {"activity", "sites", "adapter", "experts", "graft", "candidates", "placement", "model_state", "stats"},
     {"inits", "solvers", "ranks"},
     {"_recipe", "recipes", "registry", "methods", "io", "attachment"},
     {"lifecycle", "serve", "lab", "formats", "embedded"},

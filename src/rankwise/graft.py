@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rankwise.activity import Routing
 from rankwise.adapter import Adapters, SiteFactors, adapted_value, normal
+from rankwise.experts import STACKS, is_experts, run_experts
 from rankwise.host import LAYER, Adapted, Host, LayerHost, TransposedHost, kind_of
 
 
@@ -105,6 +106,33 @@ def _parameter_forward(base: type[nn.Module], names: tuple[str, ...]) -> Callabl
     return forward
 
 
+def _experts_forward(base: type[nn.Module], names: tuple[str, ...]) -> Callable[..., Tensor]:
+    whole = _parameter_forward(base, names)
+
+    def forward(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        if self._is_expert_parallel:  # ids of other processes' experts are among the index
+            return whole(self, x, index, weights)
+        holder: Adapters = self.adapters
+        choice = holder.choice()
+        rows = [normal(row) for row in choice.rows] if isinstance(choice, Routing) else [choice]
+        choices = [*dict.fromkeys(rows)]
+        # the stacks as they are, for the module's own code; a bias may still carry an adapter
+        values = {n: self._parameters[n] if n in STACKS else adapted_value(self, n) for n in names}
+        holder.__dict__["values"] = values
+        try:
+            if any(holder.active(c, name) for c in choices for name in STACKS):
+                chains = lambda name: [holder.active(c, name) for c in choices]  # noqa: E731
+                y = run_experts(self, x, index, weights, chains, [choices.index(row) for row in rows])
+            else:
+                y = base.forward(self, x, index, weights)
+        finally:
+            holder.__dict__.pop("values", None)
+        holder.note(choice, y)
+        return y
+
+    return forward
+
+
 def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
     state = self.__dict__.copy()
     return _rebuild, (self.grafted_base, *self.grafted_key), state
@@ -131,7 +159,7 @@ def graft_class(base: type[nn.Module], layer: bool, names: tuple[str, ...] = ())
     if layer:
         body["forward"] = _layer_forward(base)
     elif base.forward is not nn.Module.forward:
-        body["forward"] = _parameter_forward(base, names)
+        body["forward"] = (_experts_forward if is_experts(base) else _parameter_forward)(base, names)
     return type(base.__name__, (base, Grafted), body)
 
 
