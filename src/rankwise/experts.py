@@ -50,9 +50,11 @@ def _low_rank(y: Tensor, x: Tensor, ends: Tensor, level: SiteFactors) -> Tensor:
     assert isinstance(level.structure, Added)
     pair = level.structure.delta(level.factors()).lower()
     assert pair is not None
-    odd = -pair.right.shape[-2] % 8  # CUDA's grouped product wants rows of whole 16 bytes
-    left, right = pad(pair.left, (0, odd)).to(y.dtype), pad(pair.right, (0, 0, 0, odd)).to(y.dtype)
-    return y + _grouped(_grouped(nn.functional.dropout(x, level.p), right, ends), left, ends)
+    left, right = pair.left.to(y.dtype), pair.right.to(y.dtype)
+    if odd := -left.shape[-1] % 8:  # CUDA's grouped product wants rows of whole 16 bytes
+        left, right = pad(left, (0, odd)), pad(right, (0, 0, 0, odd))
+    x = nn.functional.dropout(x, level.p) if level.p else x
+    return y + _grouped(_grouped(x, right, ends), left, ends)
 
 
 @torch.compiler.disable
@@ -135,4 +137,4 @@ def run_experts(
     y = project("down_proj", module._apply_gate(h) if module.has_gate else module.act_fn(h))
     y = module.post_expert_norm(y) if module.has_post_expert_norm else y
     y = y * weights.reshape(-1)[order].unsqueeze(-1)
-    return y[order.argsort()].view(tokens, k, -1).sum(1).to(x.dtype)
+    return y[order.argsort()].view(tokens, k, y.shape[-1]).sum(1).to(x.dtype)
