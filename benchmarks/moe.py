@@ -66,9 +66,7 @@ def mixture(case: Case) -> Any:
         num_hidden_layers=case.layers,
         num_attention_heads=case.hidden // 64,
         num_key_value_heads=case.hidden // 64,
-        head_dim=64,
         num_experts=case.experts,
-        num_local_experts=case.experts,
         num_experts_per_tok=case.chosen,
         moe_intermediate_size=case.width,
     )

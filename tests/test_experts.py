@@ -385,6 +385,19 @@ def test_compiled(structure):
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
 
 
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("structure", [LoRA(4), OFT(4)], ids=str)
+def test_autocast(structure, implementation):
+    model = made("gpt-oss", implementation, torch.float32)
+    (adapter,) = put(model, structure)
+    want = logits(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = logits(model)
+    assert 0 < float((got.float() - want).detach().norm() / want.detach().norm()) < 0.1
+    got.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
+
+
 @pytest.mark.parametrize("rank", [1, 4, 8])
 def test_cuda_takes_any_rank(rank):
     """CUDA's grouped product refuses rows that are no whole 16 bytes; meta tensors are held to it without a GPU."""

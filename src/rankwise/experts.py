@@ -57,7 +57,7 @@ def _low_rank(y: Tensor, x: Tensor, ends: Tensor, level: SiteFactors) -> Tensor:
     return y + _grouped(_grouped(x, right, ends), left, ends)
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def _one_by_one(x: Tensor, stack: Tensor, ends: Tensor, chains: Sequence[Sequence[SiteFactors]]) -> Tensor:
     """Each group through its own expert, as a linear layer under its chain of adapters."""
     stops = ends.tolist()
