@@ -50,11 +50,13 @@ def _low_rank(y: Tensor, x: Tensor, ends: Tensor, level: SiteFactors) -> Tensor:
     assert isinstance(level.structure, Added)
     pair = level.structure.delta(level.factors()).lower()
     assert pair is not None
-    left, right = pair.left.to(y.dtype), pair.right.to(y.dtype)
+    # on a CPU oneDNN compiles a bfloat16 product anew for every number of tokens: float32 is faster
+    dtype = pair.left.dtype if x.device.type == "cpu" else y.dtype
+    left, right = pair.left.to(dtype), pair.right.to(dtype)
     if odd := -left.shape[-1] % 8:  # CUDA's grouped product wants rows of whole 16 bytes
         left, right = pad(left, (0, odd)), pad(right, (0, 0, 0, odd))
     x = nn.functional.dropout(x, level.p) if level.p else x
-    return y + _grouped(_grouped(x, right, ends), left, ends)
+    return y + _grouped(_grouped(x, right, ends), left, ends).to(y.dtype)
 
 
 @torch.compiler.disable()
