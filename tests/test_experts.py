@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers as tf
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -429,6 +434,42 @@ def test_a_life(tmp_path):
         adapter.detach()
         assert type(model.model.layers[0].mlp.experts) is GptOssExperts
         assert torch.equal(logits(model), logits(base))
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # it returns a view
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo")
+@pytest.mark.parametrize("structure", [LoRA(4), Magnitude(LoRA(4))], ids=str)
+@pytest.mark.parametrize("kind", ["experts", "bare parameters"])
+def test_sharded(kind, structure, mesh):
+    """FSDP2 reads the parameters by name: it must find the base's there."""
+    if kind == "experts":
+        model, run = made("mixtral", "grouped_mm", torch.float32), logits
+        put(model, structure)
+        blocks = [*model.model.layers]
+    else:
+        model = nn.Sequential(nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True), nn.Linear(32, 32))
+        x, blocks = torch.randn(2, 5, 32), [model[0]]
+        run = lambda m: m(x)  # noqa: E731
+        randomise(rw.attach(model, recipe(structure, "*in_proj_weight")), lambda: run(model))
+    found = []
+    for m in (copy.deepcopy(model), model):
+        for part in (*blocks, model) if m is model else ():
+            fully_shard(part, mesh=mesh)
+        y = run(m)
+        y.square().mean().backward()
+        grads = [p.grad for p in m.parameters() if p.grad is not None]
+        grads = [g.full_tensor() if isinstance(g, DTensor) else g for g in grads]
+        with rw.disabled(m), torch.no_grad():
+            found.append((y, run(m), grads))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
 def test_only_the_interface_s_own_forward_is_recognised():

@@ -94,6 +94,12 @@ def _layer_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
     return forward
 
 
+def _read(module: Any, name: str) -> Tensor:
+    raw, inside = module._parameters[name], "values" in module._modules["adapters"].__dict__
+    # FSDP2 reads its sharded parameters by name before the first forward, and takes what it gets for the base
+    return raw if type(raw).__name__ == "DTensor" and not inside else adapted_value(module, name)
+
+
 def _parameter_forward(base: type[nn.Module], names: tuple[str, ...]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # one evaluation a forward, however often the module's code reads the tensor
@@ -155,7 +161,7 @@ def graft_class(base: type[nn.Module], layer: bool, names: tuple[str, ...] = ())
         "__reduce_ex__": _reduce,
     }
     for name in names:
-        body[name] = property(functools.partial(adapted_value, name=name))
+        body[name] = property(functools.partial(_read, name=name))
     if layer:
         body["forward"] = _layer_forward(base)
     elif base.forward is not nn.Module.forward:
