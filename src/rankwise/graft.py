@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rankwise.activity import Routing
 from rankwise.adapter import Adapters, SiteFactors, adapted_value, normal
+from rankwise.experts import STACKS, is_experts, run_experts
 from rankwise.host import LAYER, Adapted, Host, LayerHost, TransposedHost, kind_of
 
 
@@ -92,6 +93,12 @@ def _layer_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
     return forward
 
 
+def _read(module: Any, name: str) -> Tensor:
+    raw, inside = module._parameters[name], "values" in module._modules["adapters"].__dict__
+    # FSDP2 reads its sharded parameters by name before the first forward, and takes what it gets for the base
+    return raw if type(raw).__name__ == "DTensor" and not inside else adapted_value(module, name)
+
+
 def _parameter_forward(base: type[nn.Module], names: tuple[str, ...]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # one evaluation a forward, however often the module's code reads the tensor
@@ -100,6 +107,33 @@ def _parameter_forward(base: type[nn.Module], names: tuple[str, ...]) -> Callabl
             return base.forward(self, *args, **kwargs)
         finally:
             self.adapters.__dict__.pop("values", None)
+
+    return forward
+
+
+def _experts_forward(base: type[nn.Module], names: tuple[str, ...]) -> Callable[..., Tensor]:
+    whole = _parameter_forward(base, names)
+
+    def forward(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        if self._is_expert_parallel:  # ids of other processes' experts are among the index
+            return whole(self, x, index, weights)
+        holder: Adapters = self.adapters
+        choice = holder.choice()
+        rows = [normal(row) for row in choice.rows] if isinstance(choice, Routing) else [choice]
+        choices = [*dict.fromkeys(rows)]
+        # the stacks as they are, for the module's own code; a bias may still carry an adapter
+        values = {n: self._parameters[n] if n in STACKS else adapted_value(self, n) for n in names}
+        holder.__dict__["values"] = values
+        try:
+            if any(holder.active(c, name) for c in choices for name in STACKS):
+                chains = lambda name: [holder.active(c, name) for c in choices]  # noqa: E731
+                y = run_experts(self, x, index, weights, chains, [choices.index(row) for row in rows])
+            else:
+                y = base.forward(self, x, index, weights)
+        finally:
+            holder.__dict__.pop("values", None)
+        holder.note(choice, y)
+        return y
 
     return forward
 
@@ -126,11 +160,11 @@ def graft_class(base: type[nn.Module], layer: bool, names: tuple[str, ...] = ())
         "__reduce_ex__": _reduce,
     }
     for name in names:
-        body[name] = property(functools.partial(adapted_value, name=name))
+        body[name] = property(functools.partial(_read, name=name))
     if layer:
         body["forward"] = _layer_forward(base)
     elif base.forward is not nn.Module.forward:
-        body["forward"] = _parameter_forward(base, names)
+        body["forward"] = (_experts_forward if is_experts(base) else _parameter_forward)(base, names)
     return type(base.__name__, (base, Grafted), body)
 
 
