@@ -1,0 +1,168 @@
+"""Cross-entropy over a vocabulary without ever holding all logits.
+
+The output head runs on a few tokens at a time, as the module that it is: whatever is grafted on it, in whatever
+format its weight is. Each chunk's gradients are taken at once, by autograd itself, and its graph is freed; backward
+only scales what was summed. So there is one rule for every method, and no formula to keep in step with it.
+
+Shapes: hidden (\\*batch, in), labels (\\*batch), logits of a chunk (tokens, vocabulary).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rankwise.activity import Routing
+from rankwise.errors import AttachError
+from rankwise.graft import Grafted
+
+CHUNK_BYTES = 64 * 2**20  # of float32 logits; a step holds about four times as much
+
+
+class _Known(torch.autograd.Function):
+    """A number whose gradients are known already: apply(number, count, *inputs, *gradients), count of each."""
+
+    @staticmethod
+    def forward(ctx: Any, number: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[count:])
+        return number.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        return None, None, *(v * g.to(v.device) for v in gradients), *(None for _ in gradients)
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The leaves of a graph; under FSDP these are not what ``parameters()`` names."""
+    stack: list[Any] = [loss.grad_fn]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::AccumulateGrad":
+            yield node.variable
+        stack += [parent for parent, _ in node.next_functions]
+
+
+def linear_cross_entropy(
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    num_items: int | float | Tensor | None = None,
+    shift: bool = False,
+    chunk: int | None = None,
+) -> Tensor:
+    """Cross-entropy of ``head(hidden)`` in chunks of tokens; the logits are never held whole.
+
+    The head's gradients are those of the module as it is, adapters included. Values and gradients equal those of
+    ``F.cross_entropy(head(hidden).float(), labels)`` to rounding. Tokens without a label are left out before the
+    product. Gradients are computed in the forward, so a second derivative raises.
+
+    Args:
+        head: from hidden states to logits; adapted or not, quantised or not, tied or not.
+        hidden: (\\*batch, in).
+        labels: (\\*batch) of class numbers.
+        softcap: bounds the logits, after the scale: ``softcap * tanh(logits / softcap)``.
+        scale: of the logits.
+        transform: any other function of a chunk's logits, token by token, in place of scale and softcap.
+        label_smoothing: the share of each label that is spread over the vocabulary.
+        ignore_index: the label of tokens that do not count.
+        num_items: what the sum is divided by; None for the number of labels (the mean), 1 for the sum.
+        shift: labels are those of the tokens themselves, so that each position is compared with the next label.
+        chunk: tokens at once (columns of the batch where rows are routed to adapters); None for as many as fit
+            ``losses.CHUNK_BYTES``.
+
+    Returns:
+        The loss, a number in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: labels that do not fit the hidden states.
+        AttachError: the head is an FSDP unit of its own.
+
+    Examples:
+        >>> import torch, rankwise as rw
+        >>> head, hidden = torch.nn.Linear(4, 100), torch.ones(2, 3, 4, requires_grad=True)
+        >>> loss = rw.linear_cross_entropy(head, hidden, torch.tensor([[1, 2, -100], [3, -100, -100]]))
+        >>> loss.backward()
+        >>> hidden.grad.shape
+        torch.Size([2, 3, 4])
+    """
+    if hidden.shape[:-1] != labels.shape or not labels.numel():
+        raise ValueError(
+            f"Each hidden state has a label, and there is one at least; found hidden states {tuple(hidden.shape)} and "
+            f"labels {tuple(labels.shape)}. Pass (*batch, in) and (*batch)."
+        )
+    if any(base.__name__ == "FSDPModule" for base in type(head).__mro__):
+        raise AttachError(
+            "The head runs once a chunk, inside the model's forward; found a head that is an FSDP unit of its own, which "
+            "would be gathered each time. Leave it to its parent's fully_shard, and call this in the model's forward."
+        )
+    if shift:
+        labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    holders = [module.adapters for module in head.modules() if isinstance(module, Grafted)]
+    choices = [holder.choice() for holder in holders]
+    flat, targets = hidden.detach().flatten(0, -2), labels.flatten().to(hidden.device)
+    kept = targets != ignore_index
+    if any(isinstance(choice, Routing) for choice in choices):  # an adapter a row: chunks keep the rows
+        order, rows = torch.arange(len(targets), device=flat.device).view(len(hidden), -1), len(hidden)
+    else:  # without any label one token stays, for gradients that are zero rather than missing
+        order, rows = (kept.nonzero().squeeze(-1) if kept.any() else kept.new_zeros(1, dtype=torch.long)), 1
+
+    def loss_of(x: Tensor, target: Tensor) -> tuple[Tensor, int]:
+        y = head(x).flatten(0, -2)
+        if transform is not None:
+            y = transform(y)
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        y = y if scale == 1.0 else y * scale
+        y = y if softcap is None else softcap * torch.tanh(y / softcap)
+        loss = nn.functional.cross_entropy(
+            y, target.to(y.device), ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+        )
+        return loss, y.shape[-1]
+
+    follows = torch.is_grad_enabled() and hidden.requires_grad
+    into_hidden = torch.zeros_like(flat) if follows else None
+    into: dict[Tensor, Tensor] = {}
+    total: Tensor | float = 0.0
+    at, size = 0, chunk or 1  # the first chunk is one token and tells the size of the vocabulary
+    while at < order.shape[-1]:
+        part = order[..., at : at + size]
+        x = flat[part].requires_grad_(follows)
+        # a chunk's graph ends with it: neither checkpointing nor offloading around it may take its tensors
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            loss, vocabulary = loss_of(x, targets[part].flatten())
+            leaves = list(_leaves(loss))
+            with torch.autocast(x.device.type, enabled=False):
+                gradients = torch.autograd.grad(loss, leaves) if leaves else ()
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if leaf is x and into_hidden is not None:
+                into_hidden[part] = gradient
+                continue
+            if leaf not in into:  # bfloat16 would lose what many chunks add
+                into[leaf] = torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
+            into[leaf] += gradient
+        total = loss.detach() + total
+        at, size = at + size, chunk or max(1, CHUNK_BYTES // (4 * vocabulary * rows))
+    assert isinstance(total, Tensor)
+    if into_hidden is not None:
+        into = {hidden: into_hidden.view_as(hidden), **into}
+    if into:
+        total = _Known.apply(total, len(into), *into, *into.values())
+        for holder, choice in zip(holders, choices, strict=True):  # the chunks' own graphs are gone
+            holder.note(choice, total)
+    items = kept.sum() if num_items is None else num_items
+    return total / (items.to(total.device) if isinstance(items, Tensor) else items)
