@@ -4,7 +4,7 @@ The output head runs on a few tokens at a time, as the module that it is: whatev
 format its weight is. Each chunk's gradients are taken at once, by autograd itself, and its graph is freed; backward
 only scales what was summed. So there is one rule for every method, and no formula to keep in step with it.
 
-Shapes: hidden (\\*batch, in), labels (\\*batch), logits of a chunk (tokens, vocabulary).
+Shapes: hidden (*batch, in), labels (*batch), logits of a chunk (tokens, vocabulary).
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from rankwise.activity import Routing
-from rankwise.errors import AttachError
+from rankwise.errors import AttachError, TrainingError
 from rankwise.graft import Grafted
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits; a step holds about four times as much
@@ -32,8 +31,12 @@ class _Known(torch.autograd.Function):
         return number.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise TrainingError(
+                "The gradients of this loss are computed with its value, so they have none of their own; found "
+                "create_graph=True. Take F.cross_entropy(head(hidden), labels) instead."
+            )
         gradients = ctx.saved_tensors
         return None, None, *(v * g.to(v.device) for v in gradients), *(None for _ in gradients)
 
@@ -70,12 +73,12 @@ def linear_cross_entropy(
 
     The head's gradients are those of the module as it is, adapters included. Values and gradients equal those of
     ``F.cross_entropy(head(hidden).float(), labels)`` to rounding. Tokens without a label are left out before the
-    product. Gradients are computed in the forward, so a second derivative raises.
+    product. Gradients are computed with the value, so there is no second derivative.
 
     Args:
         head: from hidden states to logits; adapted or not, quantised or not, tied or not.
-        hidden: (\\*batch, in).
-        labels: (\\*batch) of class numbers.
+        hidden: (*batch, in).
+        labels: (*batch) of class numbers.
         softcap: bounds the logits, after the scale: ``softcap * tanh(logits / softcap)``.
         scale: of the logits.
         transform: any other function of a chunk's logits, token by token, in place of scale and softcap.
@@ -92,6 +95,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: labels that do not fit the hidden states.
         AttachError: the head is an FSDP unit of its own.
+        TrainingError: in backward, where a second derivative is asked for.
 
     Examples:
         >>> import torch, rankwise as rw
@@ -108,8 +112,8 @@ def linear_cross_entropy(
         )
     if any(base.__name__ == "FSDPModule" for base in type(head).__mro__):
         raise AttachError(
-            "The head runs once a chunk, inside the model's forward; found a head that is an FSDP unit of its own, which "
-            "would be gathered each time. Leave it to its parent's fully_shard, and call this in the model's forward."
+            "The head runs once a chunk, inside the model's forward; found a head that is an FSDP unit of its own, "
+            "which would be gathered each time. Leave it to its parent's fully_shard, and call this in the model's forward."
         )
     if shift:
         labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -137,7 +141,7 @@ def linear_cross_entropy(
     follows = torch.is_grad_enabled() and hidden.requires_grad
     into_hidden = torch.zeros_like(flat) if follows else None
     into: dict[Tensor, Tensor] = {}
-    total: Tensor | float = 0.0
+    total: Any = 0.0
     at, size = 0, chunk or 1  # the first chunk is one token and tells the size of the vocabulary
     while at < order.shape[-1]:
         part = order[..., at : at + size]
@@ -157,12 +161,11 @@ def linear_cross_entropy(
             into[leaf] += gradient
         total = loss.detach() + total
         at, size = at + size, chunk or max(1, CHUNK_BYTES // (4 * vocabulary * rows))
-    assert isinstance(total, Tensor)
     if into_hidden is not None:
         into = {hidden: into_hidden.view_as(hidden), **into}
     if into:
         total = _Known.apply(total, len(into), *into, *into.values())
         for holder, choice in zip(holders, choices, strict=True):  # the chunks' own graphs are gone
             holder.note(choice, total)
-    items = kept.sum() if num_items is None else num_items
-    return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+    items = kept.sum() if num_items is None else torch.as_tensor(num_items)
+    return total / items.to(total.device)

@@ -65,8 +65,8 @@ class DeferredLogits(Tensor):
 
     Args:
         head: what will compute them.
-        hidden: (\\*batch, in), what from.
-        shape: (\\*batch, vocabulary).
+        hidden: (*batch, in), what from.
+        shape: (*batch, vocabulary).
         like: of the dtype and device that they will have.
         steps: what the model has done to each logit so far.
     """
@@ -99,7 +99,9 @@ class DeferredLogits(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Below autograd a gradient would be lost."""
-        raise RuntimeError(f"Logits that are not computed yet reached {func} past torch's functions; pass logits.clone().")
+        raise RuntimeError(
+            f"Logits that are not computed yet reached {func} past torch's functions; pass logits.clone()."
+        )
 
     def _noted(self, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result without computing logits, or None where there is none."""
@@ -121,7 +123,9 @@ class DeferredLogits(Tensor):
             return self._cross_entropy(**given.arguments)
         return None
 
-    def _cross_entropy(self, target: Tensor, reduction: str, weight: Any, reduce: Any, size_average: Any, **options: Any) -> Any:
+    def _cross_entropy(
+        self, target: Tensor, reduction: str, weight: Any, reduce: Any, size_average: Any, **options: Any
+    ) -> Any:
         unusual = weight is not None or reduce is not None or size_average is not None or target.is_floating_point()
         if unusual or reduction not in ("mean", "sum"):
             return None
@@ -142,7 +146,7 @@ class DeferredLogits(Tensor):
         """The logits, once computed the same tensor for ever (they may be written to)."""
         if self.computed is None:
             head, hidden = self.source
-            head.tell(f"holds its logits whole: {getattr(reason, '__name__', reason)} needs them all")
+            head.tell(f"holds its logits whole: {getattr(reason, '__name__', reason)} asks for all of them")
             with head.plain() as module:
                 self.computed = self._stepped(module(hidden))
         return self.computed
@@ -182,3 +186,23 @@ def deferred_logits(model: Any, tell: Tell) -> Iterator[None]:
             module.forward = former
     if not head.called:
         tell("is not of this model's output head alone: it never ran")
+
+
+def smoothed(
+    smoother: Any, output: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None
+) -> Tensor:
+    """What transformers' LabelSmoother computes, from logits that may be deferred."""
+    logits = output["logits"] if isinstance(output, dict) else output[0]
+    if not isinstance(logits, DeferredLogits):
+        return smoother(output, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch)
+    if shift_labels:
+        logits, labels = logits[..., :-1, :], labels[..., 1:]
+    loss = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        labels.reshape(-1),
+        ignore_index=smoother.ignore_index,
+        reduction="mean" if num_items_in_batch is None else "sum",
+        label_smoothing=smoother.epsilon,
+    )
+    items = torch.as_tensor(1 if num_items_in_batch is None else num_items_in_batch)
+    return loss / items.to(loss.device)
