@@ -31,14 +31,14 @@ class _Known(torch.autograd.Function):
         return number.clone()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise TrainingError(
                 "The gradients of this loss are computed with its value, so they have none of their own; found "
                 "create_graph=True. Take F.cross_entropy(head(hidden), labels) instead."
             )
         gradients = ctx.saved_tensors
-        return None, None, *(v * g.to(v.device) for v in gradients), *(None for _ in gradients)
+        return None, None, *(v * gs[0].to(v.device) for v in gradients), *(None for _ in gradients)
 
 
 def _leaves(loss: Tensor) -> Iterator[Tensor]:
@@ -112,8 +112,8 @@ def linear_cross_entropy(
         )
     if any(base.__name__ == "FSDPModule" for base in type(head).__mro__):
         raise AttachError(
-            "The head runs once a chunk, inside the model's forward; found a head that is an FSDP unit of its own, "
-            "which would be gathered each time. Leave it to its parent's fully_shard, and call this in the model's forward."
+            "The head runs once a chunk, inside the model's forward; found one that is an FSDP unit of its own and "
+            "would be gathered each time. Leave it to its parent's fully_shard and call this in the model's forward."
         )
     if shift:
         labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from rankwise import losses
+from rankwise.activity import Chosen
+from rankwise.graft import Grafted
 
 Tell = Callable[[str], None]
 
@@ -34,29 +37,44 @@ _CROSS_ENTROPY = inspect.signature(F.cross_entropy)
 class _Head:
     """The output head of a model while its logits are deferred."""
 
-    def __init__(self, head: nn.Module, tell: Tell) -> None:
-        self.module, self.tell, self.called = head, tell, False
-        self.own: Any = head.forward
-        self.plainly = False  # whether it answers as ever
-
-    @contextmanager
-    def plain(self) -> Iterator[nn.Module]:
-        former, self.plainly = self.plainly, True
-        try:
-            yield self.module
-        finally:
-            self.plainly = former
+    def __init__(self, module: nn.Module, tell: Tell) -> None:
+        self.module, self.tell, self.called = module, tell, False
+        self.own: Any = module.forward
+        self.plain = False  # whether it answers as ever
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """A DeferredLogits where the logits would be larger than one chunk."""
-        if self.plainly or args or kwargs or not x.numel():
+        if self.plain or args or kwargs or not x.numel():
             return self.own(x, *args, **kwargs)
         self.called = True
         sample = self.own(x[..., :1, :])  # says the vocabulary and the dtype
         if 4 * x[..., 0].numel() * sample.shape[-1] <= losses.CHUNK_BYTES:
             self.tell(f"holds its logits whole: they are few, less than {losses.CHUNK_BYTES >> 20} MiB")
             return self.own(x)
-        return DeferredLogits(self, x, (*x.shape[:-1], sample.shape[-1]), sample)
+        return DeferredLogits(_Call(self, x), (*x.shape[:-1], sample.shape[-1]), sample)
+
+
+class _Call:
+    """A call of the head that can be made later, as it would have been made now."""
+
+    def __init__(self, head: _Head, x: Tensor) -> None:
+        self.head, kind = head, x.device.type
+        self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        grafted = (module.adapters for module in head.module.modules() if isinstance(module, Grafted))
+        self.chosen = [(holder.registry.activity, holder.choice()) for holder in grafted][:1]
+        self.hidden = x
+
+    @contextmanager
+    def made(self) -> Iterator[nn.Module]:
+        """Within, the head answers as it would have answered then."""
+        former, self.head.plain = self.head.plain, True
+        try:
+            with torch.autocast(*self.autocast), ExitStack() as stack:
+                for activity, choice in self.chosen:
+                    stack.enter_context(Chosen(activity, choice))
+                yield self.head.module
+        finally:
+            self.head.plain = former
 
 
 @final
@@ -64,18 +82,25 @@ class DeferredLogits(Tensor):
     """Logits as a promise; see the module.
 
     Args:
-        head: what will compute them.
-        hidden: (*batch, in), what from.
+        call: what computes the head's output.
         shape: (*batch, vocabulary).
         like: of the dtype and device that they will have.
-        steps: what the model has done to each logit so far.
+        made: (logits, function, further arguments) that gave these, where they are not the head's own.
     """
 
+    call: _Call
+    hidden: Tensor
+    steps: tuple[Any, ...]
+    made: Any
+    computed: Any
+
     @staticmethod
-    def __new__(cls, head: Any, hidden: Tensor, shape: Any, like: Tensor, steps: tuple[Any, ...] = ()) -> Any:
+    def __new__(cls, call: Any, shape: Any, like: Tensor, made: Any = None) -> Any:
         """Without storage."""
-        new: Any = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
-        new.source, new.steps, new.computed = (head, hidden), steps, None
+        new: Any = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=like.dtype, device=like.device)
+        new.call, new.hidden, new.steps, new.made, new.computed = call, call.hidden, (), made, None
+        if made is not None:
+            new.hidden, new.steps = made[0].hidden, made[0].steps
         return new
 
     @classmethod
@@ -86,7 +111,7 @@ class DeferredLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
-        if isinstance(first, DeferredLogits) and first.computed is None:
+        if isinstance(first, DeferredLogits) and not first._exists():
             noted = first._noted(func, args[1:], kwargs)
             if noted is not None:
                 return noted
@@ -94,61 +119,71 @@ class DeferredLogits(Tensor):
         def whole(value: Any) -> Any:
             return value._whole(func) if isinstance(value, DeferredLogits) else value
 
-        return func(*torch.utils._pytree.tree_map(whole, args), **torch.utils._pytree.tree_map(whole, kwargs))
+        return func(*tree_map(whole, args), **tree_map(whole, kwargs))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Below autograd a gradient would be lost."""
-        raise RuntimeError(
-            f"Logits that are not computed yet reached {func} past torch's functions; pass logits.clone()."
-        )
+        raise RuntimeError(f"Logits that are not computed yet reached {func} itself; pass logits.clone() to it.")
 
     def _noted(self, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result without computing logits, or None where there is none."""
-        (head, hidden), others = self.source, (*rest, *kwargs.values())
+        made, others = (self, func, rest, kwargs), (*rest, *kwargs.values())
         if func in _EACH and all(not isinstance(v, Tensor) or (v.dim() == 0 and v.is_leaf) for v in others):
             like = func(torch.empty(0, dtype=self.dtype, device=self.device), *rest, **kwargs)
-            step = lambda y: func(y, *rest, **kwargs)  # noqa: E731
-            return DeferredLogits(head, hidden, self.shape, like, (*self.steps, step))
+            new = DeferredLogits(self.call, self.shape, like, made)
+            new.steps += ((func, rest, kwargs),)
+            return new
         if func in _SHAPES:
             shape = func(torch.empty(self.shape, device="meta"), *rest, **kwargs).shape
             if shape[-1] == self.shape[-1]:
-                return DeferredLogits(head, hidden.reshape(*shape[:-1], -1), shape, self, self.steps)
+                new = DeferredLogits(self.call, shape, self, made)
+                new.hidden = self.hidden.reshape(*shape[:-1], self.hidden.shape[-1])
+                return new
         if func is Tensor.__getitem__ and _of_tokens(rest[0], self.dim()):
-            part = hidden[rest[0]]
-            return DeferredLogits(head, part, (*part.shape[:-1], self.shape[-1]), self, self.steps)
+            hidden = self.hidden[rest[0]]
+            new = DeferredLogits(self.call, (*hidden.shape[:-1], self.shape[-1]), self, made)
+            new.hidden = hidden
+            return new
         if func is F.cross_entropy and self.dim() == 2:
             given = _CROSS_ENTROPY.bind(self, *rest, **kwargs)
             given.apply_defaults()
             return self._cross_entropy(**given.arguments)
         return None
 
-    def _cross_entropy(
-        self, target: Tensor, reduction: str, weight: Any, reduce: Any, size_average: Any, **options: Any
-    ) -> Any:
-        unusual = weight is not None or reduce is not None or size_average is not None or target.is_floating_point()
-        if unusual or reduction not in ("mean", "sum"):
+    def _cross_entropy(self, target: Tensor, reduction: str, **given: Any) -> Any:
+        unusual = any(given[name] is not None for name in ("weight", "reduce", "size_average"))
+        if unusual or reduction not in ("mean", "sum") or target.is_floating_point() or not target.numel():
             return None
-        del options["input"]
-        (head, hidden), items = self.source, None if reduction == "mean" else 1
-        head.tell(f"takes its logits in chunks of {losses.CHUNK_BYTES >> 20} MiB at most")
-        with head.plain() as module:
+        self.call.head.tell(f"takes its logits in chunks of {losses.CHUNK_BYTES >> 20} MiB at most")
+        with self.call.made() as head:
             return losses.linear_cross_entropy(
-                module, hidden, target, transform=self._stepped, num_items=items, **options
+                head,
+                self.hidden,
+                target,
+                transform=self._stepped,
+                num_items=None if reduction == "mean" else 1,
+                ignore_index=given["ignore_index"],
+                label_smoothing=given["label_smoothing"],
             )
 
     def _stepped(self, y: Tensor) -> Tensor:
-        for step in self.steps:
-            y = step(y)
+        for func, rest, kwargs in self.steps:
+            y = func(y, *rest, **kwargs)
         return y
 
+    def _exists(self) -> bool:
+        return self.computed is not None or (self.made is not None and self.made[0]._exists())
+
     def _whole(self, reason: Any) -> Tensor:
-        """The logits, once computed the same tensor for ever (they may be written to)."""
-        if self.computed is None:
-            head, hidden = self.source
-            head.tell(f"holds its logits whole: {getattr(reason, '__name__', reason)} asks for all of them")
-            with head.plain() as module:
-                self.computed = self._stepped(module(hidden))
+        """The logits; computed once, and views of each other as the model meant them, since they may be written to."""
+        if self.computed is None and self.made is not None:
+            logits, func, rest, kwargs = self.made
+            self.computed = func(logits._whole(reason), *rest, **kwargs)
+        elif self.computed is None:
+            self.call.head.tell(f"holds its logits whole: {getattr(reason, '__name__', reason)} asks for all of them")
+            with self.call.made() as head:
+                self.computed = head(self.hidden)
         return self.computed
 
 
@@ -172,7 +207,7 @@ def deferred_logits(model: Any, tell: Tell) -> Iterator[None]:
     """
     module: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if module is None or any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
-        tell("holds its logits whole: the model has no output head that runs on its own")
+        tell("holds its logits whole: the model has no output head, or one that is an FSDP unit of its own")
         yield
         return
     head, former = _Head(module, tell), module.__dict__.get("forward")
@@ -185,7 +220,7 @@ def deferred_logits(model: Any, tell: Tell) -> Iterator[None]:
         else:
             module.forward = former
     if not head.called:
-        tell("is not of this model's output head alone: it never ran")
+        tell("holds its logits whole: the model's output head never ran")
 
 
 def smoothed(
