@@ -41,18 +41,20 @@ class _Known(torch.autograd.Function):
         return None, None, *(v * gs[0].to(v.device) for v in gradients), *(None for _ in gradients)
 
 
-def _leaves(loss: Tensor) -> Iterator[Tensor]:
+def _leaves(node: Any, seen: set[Any]) -> Iterator[Tensor]:
     """The leaves of a graph; under FSDP these are not what ``parameters()`` names."""
-    stack: list[Any] = [loss.grad_fn]
-    seen: set[Any] = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::AccumulateGrad":
-            yield node.variable
-        stack += [parent for parent, _ in node.next_functions]
+    if node is None or node in seen:
+        return
+    seen.add(node)
+    if node.name() == "torch::autograd::AccumulateGrad":
+        yield node.variable
+    for parent, _ in node.next_functions:
+        yield from _leaves(parent, seen)
+
+
+def sharded_alone(head: nn.Module) -> bool:
+    """Whether a module is an FSDP2 unit of its own, whose weights are gathered at each call."""
+    return any(base.__name__ == "FSDPModule" for base in type(head).__mro__)
 
 
 def linear_cross_entropy(
@@ -110,7 +112,7 @@ def linear_cross_entropy(
             f"Each hidden state has a label, and there is one at least; found hidden states {tuple(hidden.shape)} and "
             f"labels {tuple(labels.shape)}. Pass (*batch, in) and (*batch)."
         )
-    if any(base.__name__ == "FSDPModule" for base in type(head).__mro__):
+    if sharded_alone(head):
         raise AttachError(
             "The head runs once a chunk, inside the model's forward; found one that is an FSDP unit of its own and "
             "would be gathered each time. Leave it to its parent's fully_shard and call this in the model's forward."
@@ -121,26 +123,14 @@ def linear_cross_entropy(
     choices = [holder.choice() for holder in holders]
     flat, targets = hidden.detach().flatten(0, -2), labels.flatten().to(hidden.device)
     kept = targets != ignore_index
+    rows = 1
     if any(isinstance(choice, Routing) for choice in choices):  # an adapter a row: chunks keep the rows
-        order, rows = torch.arange(len(targets), device=flat.device).view(len(hidden), -1), len(hidden)
+        rows = len(hidden)
+        order = torch.arange(len(targets), device=flat.device).view(rows, -1)
     else:  # without any label one token stays, for gradients that are zero rather than missing
-        order, rows = (kept.nonzero().squeeze(-1) if kept.any() else kept.new_zeros(1, dtype=torch.long)), 1
-
-    def loss_of(x: Tensor, target: Tensor) -> tuple[Tensor, int]:
-        y = head(x).flatten(0, -2)
-        if transform is not None:
-            y = transform(y)
-        y = y.to(torch.promote_types(y.dtype, torch.float32))
-        y = y if scale == 1.0 else y * scale
-        y = y if softcap is None else softcap * torch.tanh(y / softcap)
-        loss = nn.functional.cross_entropy(
-            y, target.to(y.device), ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
-        )
-        return loss, y.shape[-1]
-
+        order = kept.nonzero().squeeze(-1) if kept.any() else kept.new_zeros(1, dtype=torch.long)
     follows = torch.is_grad_enabled() and hidden.requires_grad
-    into_hidden = torch.zeros_like(flat) if follows else None
-    into: dict[Tensor, Tensor] = {}
+    into_hidden, into = torch.zeros_like(flat) if follows else None, dict[Tensor, Tensor]()
     total: Any = 0.0
     at, size = 0, chunk or 1  # the first chunk is one token and tells the size of the vocabulary
     while at < order.shape[-1]:
@@ -148,8 +138,18 @@ def linear_cross_entropy(
         x = flat[part].requires_grad_(follows)
         # a chunk's graph ends with it: neither checkpointing nor offloading around it may take its tensors
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-            loss, vocabulary = loss_of(x, targets[part].flatten())
-            leaves = list(_leaves(loss))
+            y = head(x).flatten(0, -2)
+            y = y if transform is None else transform(y)
+            y = y.to(torch.promote_types(y.dtype, torch.float32))
+            y = y if scale == 1.0 else y * scale
+            y = y if softcap is None else softcap * torch.tanh(y / softcap)
+            target = targets[part].flatten().to(y.device)
+            loss = nn.functional.cross_entropy(
+                y, target, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+            )
+            at, size = at + size, chunk or max(1, CHUNK_BYTES // (4 * y.shape[-1] * rows))
+            del y
+            leaves = list(_leaves(loss.grad_fn, set()))
             with torch.autocast(x.device.type, enabled=False):
                 gradients = torch.autograd.grad(loss, leaves) if leaves else ()
         for leaf, gradient in zip(leaves, gradients, strict=True):
@@ -160,7 +160,6 @@ def linear_cross_entropy(
                 into[leaf] = torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
             into[leaf] += gradient
         total = loss.detach() + total
-        at, size = at + size, chunk or max(1, CHUNK_BYTES // (4 * vocabulary * rows))
     if into_hidden is not None:
         into = {hidden: into_hidden.view_as(hidden), **into}
     if into:

@@ -8,9 +8,10 @@ computes the logits whole, as the model would have: slower, never wrong.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, final
 
 import torch
@@ -30,7 +31,7 @@ _LOOKS |= {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device"
 # of each logit alone; the rest of the arguments are numbers
 _EACH: set[Any] = {Tensor.float, Tensor.to, Tensor.tanh, torch.tanh, Tensor.mul, torch.mul, Tensor.div, torch.div}
 _EACH |= {Tensor.__mul__, Tensor.__rmul__, Tensor.__truediv__}
-_SHAPES: set[Any] = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.contiguous}
+_SHAPES: set[Any] = {Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.contiguous}
 _CROSS_ENTROPY = inspect.signature(F.cross_entropy)
 
 
@@ -51,27 +52,23 @@ class _Head:
         if 4 * x[..., 0].numel() * sample.shape[-1] <= losses.CHUNK_BYTES:
             self.tell(f"holds its logits whole: they are few, less than {losses.CHUNK_BYTES >> 20} MiB")
             return self.own(x)
-        return DeferredLogits(_Call(self, x), (*x.shape[:-1], sample.shape[-1]), sample)
+        return DeferredLogits(_Call(self, x.device.type), x, sample)
 
 
 class _Call:
     """A call of the head that can be made later, as it would have been made now."""
 
-    def __init__(self, head: _Head, x: Tensor) -> None:
-        self.head, kind = head, x.device.type
-        self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        grafted = (module.adapters for module in head.module.modules() if isinstance(module, Grafted))
-        self.chosen = [(holder.registry.activity, holder.choice()) for holder in grafted][:1]
-        self.hidden = x
+    def __init__(self, head: _Head, device: str) -> None:
+        self.head, self.autocast = head, (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        grafted = [module.adapters for module in head.module.modules() if isinstance(module, Grafted)]
+        self.chosen = [(holder.registry.activity, holder.choice()) for holder in grafted[:1]]
 
     @contextmanager
     def made(self) -> Iterator[nn.Module]:
         """Within, the head answers as it would have answered then."""
         former, self.head.plain = self.head.plain, True
         try:
-            with torch.autocast(*self.autocast), ExitStack() as stack:
-                for activity, choice in self.chosen:
-                    stack.enter_context(Chosen(activity, choice))
+            with torch.autocast(*self.autocast), Chosen(*self.chosen[0]) if self.chosen else nullcontext():
                 yield self.head.module
         finally:
             self.head.plain = former
@@ -83,24 +80,17 @@ class DeferredLogits(Tensor):
 
     Args:
         call: what computes the head's output.
-        shape: (*batch, vocabulary).
-        like: of the dtype and device that they will have.
+        hidden: (*batch, in), what these come from.
+        like: of the size of the vocabulary (last), the dtype and the device that they will have.
         made: (logits, function, further arguments) that gave these, where they are not the head's own.
     """
 
-    call: _Call
-    hidden: Tensor
-    steps: tuple[Any, ...]
-    made: Any
-    computed: Any
-
     @staticmethod
-    def __new__(cls, call: Any, shape: Any, like: Tensor, made: Any = None) -> Any:
+    def __new__(cls, call: Any, hidden: Tensor, like: Tensor, *made: Any) -> Any:
         """Without storage."""
-        new: Any = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=like.dtype, device=like.device)
-        new.call, new.hidden, new.steps, new.made, new.computed = call, call.hidden, (), made, None
-        if made is not None:
-            new.hidden, new.steps = made[0].hidden, made[0].steps
+        shape = (*hidden.shape[:-1], like.shape[-1])
+        new: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        new.call, new.hidden, new.made, new.computed = call, hidden, made, None
         return new
 
     @classmethod
@@ -110,91 +100,71 @@ class DeferredLogits(Tensor):
         if func in _LOOKS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        first = args[0] if args else None
-        if isinstance(first, DeferredLogits) and not first._exists():
-            noted = first._noted(func, args[1:], kwargs)
-            if noted is not None:
-                return noted
-
-        def whole(value: Any) -> Any:
-            return value._whole(func) if isinstance(value, DeferredLogits) else value
-
-        return func(*tree_map(whole, args), **tree_map(whole, kwargs))
+        noted = _noted(func, *args, **kwargs) if args and isinstance(args[0], DeferredLogits) else None
+        if noted is not None:
+            return noted
+        args, kwargs = tree_map(lambda v: _whole(v, func) if isinstance(v, DeferredLogits) else v, (args, kwargs))
+        return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Below autograd a gradient would be lost."""
         raise RuntimeError(f"Logits that are not computed yet reached {func} itself; pass logits.clone() to it.")
 
-    def _noted(self, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result without computing logits, or None where there is none."""
-        made, others = (self, func, rest, kwargs), (*rest, *kwargs.values())
-        if func in _EACH and all(not isinstance(v, Tensor) or (v.dim() == 0 and v.is_leaf) for v in others):
-            like = func(torch.empty(0, dtype=self.dtype, device=self.device), *rest, **kwargs)
-            new = DeferredLogits(self.call, self.shape, like, made)
-            new.steps += ((func, rest, kwargs),)
-            return new
-        if func in _SHAPES:
-            shape = func(torch.empty(self.shape, device="meta"), *rest, **kwargs).shape
-            if shape[-1] == self.shape[-1]:
-                new = DeferredLogits(self.call, shape, self, made)
-                new.hidden = self.hidden.reshape(*shape[:-1], self.hidden.shape[-1])
-                return new
-        if func is Tensor.__getitem__ and _of_tokens(rest[0], self.dim()):
-            hidden = self.hidden[rest[0]]
-            new = DeferredLogits(self.call, (*hidden.shape[:-1], self.shape[-1]), self, made)
-            new.hidden = hidden
-            return new
-        if func is F.cross_entropy and self.dim() == 2:
-            given = _CROSS_ENTROPY.bind(self, *rest, **kwargs)
-            given.apply_defaults()
-            return self._cross_entropy(**given.arguments)
+
+def _noted(func: Any, logits: Any, *rest: Any, **kwargs: Any) -> Any:
+    """What the function gives without computing logits, or None where there is none."""
+    if _exists(logits):
         return None
+    made, others = (logits, func, rest, kwargs), (*rest, *kwargs.values())
+    if func in _EACH and all(not isinstance(v, Tensor) or (v.dim() == 0 and v.is_leaf) for v in others):
+        like = func(torch.empty(0, logits.shape[-1], dtype=logits.dtype, device=logits.device), *rest, **kwargs)
+        return DeferredLogits(logits.call, logits.hidden, like, *made)
+    if func in _SHAPES:
+        shape = func(torch.empty(logits.shape, device="meta"), *rest, **kwargs).shape
+        if shape[-1] == logits.shape[-1]:
+            return DeferredLogits(logits.call, logits.hidden.reshape(*shape[:-1], -1), logits, *made)
+    if func is F.cross_entropy and logits.dim() == 2:
+        given = _CROSS_ENTROPY.bind(logits, *rest, **kwargs)
+        given.apply_defaults()
+        return _cross_entropy(**given.arguments)
+    return None
 
-    def _cross_entropy(self, target: Tensor, reduction: str, **given: Any) -> Any:
-        unusual = any(given[name] is not None for name in ("weight", "reduce", "size_average"))
-        if unusual or reduction not in ("mean", "sum") or target.is_floating_point() or not target.numel():
-            return None
-        self.call.head.tell(f"takes its logits in chunks of {losses.CHUNK_BYTES >> 20} MiB at most")
-        with self.call.made() as head:
-            return losses.linear_cross_entropy(
-                head,
-                self.hidden,
-                target,
-                transform=self._stepped,
-                num_items=None if reduction == "mean" else 1,
-                ignore_index=given["ignore_index"],
-                label_smoothing=given["label_smoothing"],
-            )
 
-    def _stepped(self, y: Tensor) -> Tensor:
-        for func, rest, kwargs in self.steps:
-            y = func(y, *rest, **kwargs)
+def _cross_entropy(input: Any, target: Tensor, reduction: str, **given: Any) -> Any:
+    unusual = any(given.pop(name) is not None for name in ("weight", "reduce", "size_average"))
+    if unusual or reduction not in ("mean", "sum") or target.is_floating_point() or not target.numel():
+        return None
+    input.call.head.tell(f"takes its logits in chunks of {losses.CHUNK_BYTES >> 20} MiB at most")
+    items = None if reduction == "mean" else 1
+    with input.call.made() as head:
+        steps = functools.partial(_replayed, input)
+        return losses.linear_cross_entropy(head, input.hidden, target, transform=steps, num_items=items, **given)
+
+
+def _replayed(logits: Any, y: Tensor) -> Tensor:
+    """What was done to the head's output on the way to these logits, done to a chunk of it."""
+    if not logits.made:
         return y
-
-    def _exists(self) -> bool:
-        return self.computed is not None or (self.made is not None and self.made[0]._exists())
-
-    def _whole(self, reason: Any) -> Tensor:
-        """The logits; computed once, and views of each other as the model meant them, since they may be written to."""
-        if self.computed is None and self.made is not None:
-            logits, func, rest, kwargs = self.made
-            self.computed = func(logits._whole(reason), *rest, **kwargs)
-        elif self.computed is None:
-            self.call.head.tell(f"holds its logits whole: {getattr(reason, '__name__', reason)} asks for all of them")
-            with self.call.made() as head:
-                self.computed = head(self.hidden)
-        return self.computed
+    former, func, rest, kwargs = logits.made
+    y = _replayed(former, y)
+    return func(y, *rest, **kwargs) if func in _EACH else y
 
 
-def _of_tokens(index: Any, dims: int) -> bool:
-    """Whether an index leaves the vocabulary alone."""
-    index = index if isinstance(index, tuple) else (index,)
-    if any(i is Ellipsis for i in index):
-        return index[-1] == slice(None) and all(i is Ellipsis or isinstance(i, slice) for i in index)
-    if not all(isinstance(i, slice) or (isinstance(i, Tensor) and i.dtype == torch.bool) for i in index):
-        return False
-    return sum(1 if isinstance(i, slice) else i.dim() for i in index) < dims
+def _exists(logits: Any) -> bool:
+    return logits.computed is not None or bool(logits.made and _exists(logits.made[0]))
+
+
+def _whole(logits: Any, asks: Any) -> Tensor:
+    """The logits; computed once, and views of each other as the model meant them, since they may be written to."""
+    if logits.computed is None and logits.made:
+        former, func, rest, kwargs = logits.made
+        logits.computed = func(_whole(former, asks), *rest, **kwargs)
+    elif logits.computed is None:
+        logits.call.head.tell(f"holds its logits whole: {getattr(asks, '__name__', asks)} asks for all of them")
+        with logits.call.made() as head:
+            logits.computed = head(logits.hidden)
+    return logits.computed
 
 
 @contextmanager
@@ -206,7 +176,7 @@ def deferred_logits(model: Any, tell: Tell) -> Iterator[None]:
         tell: told in what way the loss treats its logits, each time.
     """
     module: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    if module is None or any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+    if module is None or losses.sharded_alone(module):
         tell("holds its logits whole: the model has no output head, or one that is an FSDP unit of its own")
         yield
         return
@@ -228,16 +198,9 @@ def smoothed(
 ) -> Tensor:
     """What transformers' LabelSmoother computes, from logits that may be deferred."""
     logits = output["logits"] if isinstance(output, dict) else output[0]
-    if not isinstance(logits, DeferredLogits):
-        return smoother(output, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch)
     if shift_labels:
-        logits, labels = logits[..., :-1, :], labels[..., 1:]
-    loss = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]),
-        labels.reshape(-1),
-        ignore_index=smoother.ignore_index,
-        reduction="mean" if num_items_in_batch is None else "sum",
-        label_smoothing=smoother.epsilon,
-    )
-    items = torch.as_tensor(1 if num_items_in_batch is None else num_items_in_batch)
-    return loss / items.to(loss.device)
+        labels = F.pad(labels, (0, 1), value=smoother.ignore_index)[..., 1:]
+    given = {"ignore_index": smoother.ignore_index, "label_smoothing": smoother.epsilon, "reduction": "sum"}
+    loss = F.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), labels.reshape(-1), **given)
+    items = labels.ne(smoother.ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return loss / torch.as_tensor(items).to(loss.device)

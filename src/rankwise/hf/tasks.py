@@ -130,9 +130,10 @@ class CausalLM(TextTask):
             labels = batch["labels"][:, 1:]
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             learned = labels != IGNORE
+            targets = nn.functional.pad(labels, (0, 1), value=IGNORE).flatten()
             with deferred_logits(model, lambda told: None):
-                logits = model(**inputs).logits[:, :-1][learned].float()
-                nats += float(nn.functional.cross_entropy(logits, labels[learned], reduction="sum"))
+                logits = model(**inputs).logits.float()
+                nats += float(nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"))
             tokens += int(learned.sum())
             for row, mask in zip(labels, learned, strict=True):
                 size += len(processor.decode(row[mask].tolist(), skip_special_tokens=True).encode())

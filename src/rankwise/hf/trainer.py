@@ -182,15 +182,14 @@ class AdapterMixin(_Base):
         It remembers the batch, to look for the origin of a NaN.
         """
         self._again = functools.partial(super().compute_loss, model, copy.copy(inputs), *args, **kwargs)
-        own = {
-            "TRL computes it in its own way": _of_trl(type(self)),
-            "the model is compiled": self.args.torch_compile or hasattr(model, "_orig_mod"),
-            "it runs in several threads (DataParallel)": self.args.n_gpu > 1,
-            "DeepSpeed gathers the weights": self.is_deepspeed_enabled,
+        others = {
+            "TRL": _of_trl(type(self)),
+            "torch.compile": self.args.torch_compile or hasattr(model, "_orig_mod"),
+            "DataParallel": self.args.n_gpu > 1,
+            "DeepSpeed": self.is_deepspeed_enabled,
         }
-        reason = next((reason for reason, holds in own.items() if holds), None)
-        if reason is not None:
-            self._tell(f"holds its logits whole: {reason}")
+        if other := next((name for name, found in others.items() if found), None):
+            self._tell(f"holds its logits whole: {other} has its own way with the model")
             return super().compute_loss(model, inputs, *args, **kwargs)
         with deferred_logits(self.accelerator.unwrap_model(model), self._tell):
             return super().compute_loss(model, inputs, *args, **kwargs)
