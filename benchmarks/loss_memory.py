@@ -109,7 +109,7 @@ def adapted(case: Case) -> tuple[Any, Any]:
 
 def step(case: Case, model: Any, ids: Tensor, labels: Tensor, chunked: bool) -> Tensor:
     model.zero_grad(set_to_none=True)
-    with deferred_logits(model, lambda told: None) if chunked else nullcontext():
+    with deferred_logits(model) if chunked else nullcontext():
         logits = model(input_ids=ids, use_cache=False).logits[..., :-1, :]
         loss = F.cross_entropy(
             logits.float().reshape(-1, case.vocabulary), labels[..., 1:].reshape(-1), label_smoothing=case.smoothing

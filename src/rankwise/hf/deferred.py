@@ -168,12 +168,15 @@ def _whole(logits: Any, asks: Any) -> Tensor:
 
 
 @contextmanager
-def deferred_logits(model: Any, tell: Tell) -> Iterator[None]:
+def deferred_logits(model: Any, tell: Tell = lambda told: None) -> Iterator[None]:
     """Within, losses of a model of transformers are computed in chunks of tokens, where the logits are many.
 
     Args:
         model: with ``get_output_embeddings``.
         tell: told in what way the loss treats its logits, each time.
+
+    Examples:
+        ``with rw.hf.deferred_logits(model): loss = model(**batch).loss``
     """
     module: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if module is None or losses.sharded_alone(module):

@@ -131,7 +131,7 @@ class CausalLM(TextTask):
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             learned = labels != IGNORE
             targets = nn.functional.pad(labels, (0, 1), value=IGNORE).flatten()
-            with deferred_logits(model, lambda told: None):
+            with deferred_logits(model):
                 logits = model(**inputs).logits.float()
                 nats += float(nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"))
             tokens += int(learned.sum())
