@@ -314,3 +314,10 @@ def test_trl_keeps_its_own_way(tmp_path, capsys):
         processing_class=tokenizer(),
     ).train()
     assert "the loss holds its logits whole: TRL has its own way with the model" in capsys.readouterr().err
+
+
+def test_a_compiled_model_keeps_its_own_way(tmp_path, capsys):
+    model, _ = adapted()
+    model.compile(backend="eager")
+    rw.hf.Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=rows()).train()
+    assert "the loss holds its logits whole: torch.compile has its own way" in capsys.readouterr().err

@@ -182,9 +182,10 @@ class AdapterMixin(_Base):
         It remembers the batch, to look for the origin of a NaN.
         """
         self._again = functools.partial(super().compute_loss, model, copy.copy(inputs), *args, **kwargs)
+        compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
         others = {
             "TRL": _of_trl(type(self)),
-            "torch.compile": self.args.torch_compile or hasattr(model, "_orig_mod"),
+            "torch.compile": self.args.torch_compile or compiled,
             "DataParallel": self.args.n_gpu > 1,
             "DeepSpeed": self.is_deepspeed_enabled,
         }
