@@ -2,10 +2,10 @@
 
 import argparse
 
-from benchmarks import moe, step_time
+from benchmarks import loss_memory, moe, step_time
 from benchmarks.paired import fixed_allocator
 
-BENCHMARKS = {"step_time": step_time.run, "moe": moe.run}
+BENCHMARKS = {"loss_memory": loss_memory.run, "moe": moe.run, "step_time": step_time.run}
 
 parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
 parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")

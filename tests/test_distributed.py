@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,17 +17,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import rankwise as rw
+from rankwise import losses
 from rankwise.errors import AttachError
+from rankwise.hf.deferred import deferred_logits
 from tiny_models import llama, shake, tokens
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo")
 METHODS = ("lora", "dora")
 
 
-def adapted(method: str) -> tuple[Any, rw.Adapter]:
+def adapted(method: str, **axes: Any) -> tuple[Any, rw.Adapter]:
     torch.manual_seed(4)
     model = llama()
-    adapter = rw.attach(model, rw.recipe(method, rank=4))
+    adapter = rw.attach(model, rw.recipe(method, rank=4, **axes))
     shake(adapter, 0.05)
     return model.train(), adapter
 
@@ -34,6 +38,15 @@ def full(tensor: Tensor) -> Tensor:
     """A copy of the whole of a sharded tensor."""
     whole: Any = getattr(tensor, "full_tensor", None)
     return (whole() if whole is not None else tensor).detach().clone()
+
+
+def chunked(wrapped: Any, adapter: rw.Adapter, mine: Tensor, rank: int, whole: bool) -> dict[str, Tensor]:
+    """Gradients of an adapter on the head; the processes have unlike numbers of labels, so of chunks."""
+    model = getattr(wrapped, "module", wrapped)
+    labels = mine.masked_fill(torch.arange(mine.shape[1]) < 5 * rank, -100)
+    with nullcontext() if whole else deferred_logits(model):
+        wrapped(input_ids=mine, labels=labels, num_items_in_batch=20).loss.backward()
+    return {name: full(p.grad) for name, p in adapter.named_parameters()}
 
 
 def train(model: Any, adapter: rw.Adapter, mine: Tensor) -> dict[str, Tensor]:
@@ -84,6 +97,19 @@ def worker(rank: int, port: int, folder: str) -> None:
         wrapped = nn.parallel.DistributedDataParallel(model)
         found[f"ddp/{method}"] = train(wrapped, adapter, mine)
         adapter.save(Path(folder) / f"ddp-{method}")
+        with patch.object(losses, "CHUNK_BYTES", 4 * 64 * 5):
+            for whole in (False, True):
+                model, adapter = adapted(method, sites=rw.Sites(("attention", "lm_head")))
+                wrapped = nn.parallel.DistributedDataParallel(model)
+                found[f"ddp/{method}/{whole}"] = chunked(wrapped, adapter, mine, rank, whole)
+                model, adapter = adapted(method, sites=rw.Sites(("attention", "lm_head")))
+                for layer in model.model.layers:
+                    fully_shard(layer, mesh=mesh)
+                fully_shard(model, mesh=mesh)
+                found[f"fsdp/{method}/{whole}"] = chunked(model, adapter, mine, rank, whole)
+        fully_shard(alone := nn.Linear(4, 4), mesh=mesh)
+        with pytest.raises(AttachError, match="unit of its own"):
+            rw.linear_cross_entropy(alone, torch.ones(2, 4), torch.tensor([0, 1]))
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")
     dist.barrier()
@@ -118,3 +144,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
                 assert left.metadata() == right.metadata()
             rw.load(llama(), file.parent)
         assert torch.allclose(found[f"fsdp/{method}"]["base"], base, atol=1e-6)
+        expected = found[f"ddp/{method}/True"]
+        for way in ("ddp/{}/False", "fsdp/{}/False", "fsdp/{}/True"):
+            for name, value in found[way.format(method)].items():
+                assert (value - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), f"{way} {name}"

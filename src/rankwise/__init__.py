@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from rankwise.attachment import Adapter, adapters, attach, disabled, load, route, set_active, targets
     from rankwise.formats import export
     from rankwise.lifecycle import merge, merged
+    from rankwise.losses import linear_cross_entropy
     from rankwise.methods import catalogue, recipe
     from rankwise.sites import Sites, Target
 
 __all__ = [
     "Adapter", "Recipe", "Sites", "Target", "__version__", "adapters", "attach", "catalogue", "disabled", "errors",
-    "export", "load", "merge", "merged", "recipe", "recipes", "route", "set_active", "targets",
+    "export", "linear_cross_entropy", "load", "merge", "merged", "recipe", "recipes", "route", "set_active", "targets",
 ]  # fmt: skip
 
 _HOMES = {
@@ -28,6 +29,7 @@ _HOMES = {
     "methods": ("catalogue", "recipe"),
     "formats": ("export",),
     "lifecycle": ("merge", "merged"),
+    "losses": ("linear_cross_entropy",),
     "sites": ("Sites", "Target"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -112,7 +112,8 @@ class Record:
             return
         if y.grad_fn is not None:
             metadata: Any = y.grad_fn.metadata  # a dict that lives as long as the node
-            metadata["rankwise"] = token = _Token(choice)
+            token = _Token(choice)
+            metadata.setdefault("rankwise", []).append(token)  # of several layers, where a loss ends them all
             self.tokens.add(token)
         elif not torch.is_grad_enabled() and activity.may_checkpoint:
             self.without_graph.add(choice)

@@ -5,14 +5,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankwise.hf import data
+    from rankwise.hf.deferred import deferred_logits
     from rankwise.hf.references import reference
     from rankwise.hf.trainer import AdapterMixin, Trainer
     from rankwise.hf.watch import Watch
 
-__all__ = ["AdapterMixin", "Trainer", "Watch", "data", "reference"]
+__all__ = ["AdapterMixin", "Trainer", "Watch", "data", "deferred_logits", "reference"]
 
 # in which module each lies; one of the name "reference" would hide the function
-_HOME = {"AdapterMixin": "trainer", "Trainer": "trainer", "Watch": "watch", "data": "data", "reference": "references"}
+_HOME = {
+    "AdapterMixin": "trainer",
+    "Trainer": "trainer",
+    "Watch": "watch",
+    "data": "data",
+    "deferred_logits": "deferred",
+    "reference": "references",
+}
 
 
 def __getattr__(name: str) -> Any:

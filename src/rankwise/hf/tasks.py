@@ -22,6 +22,7 @@ from rankwise.candidates import HEADS
 from rankwise.errors import DataError
 from rankwise.hf import data
 from rankwise.hf.data.examples import IGNORE
+from rankwise.hf.deferred import deferred_logits
 from rankwise.hf.models import load_model, pad_id, tokenizer_of
 from rankwise.sites import Sites, Target
 
@@ -129,8 +130,10 @@ class CausalLM(TextTask):
             labels = batch["labels"][:, 1:]
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             learned = labels != IGNORE
-            logits = model(**inputs).logits[:, :-1][learned].float()
-            nats += float(nn.functional.cross_entropy(logits, labels[learned], reduction="sum"))
+            targets = nn.functional.pad(labels, (0, 1), value=IGNORE).flatten()
+            with deferred_logits(model):
+                logits = model(**inputs).logits.float()
+                nats += float(nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"))
             tokens += int(learned.sum())
             for row, mask in zip(labels, learned, strict=True):
                 size += len(processor.decode(row[mask].tolist(), skip_special_tokens=True).encode())

@@ -14,11 +14,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import rotate_checkpoints
 
 from rankwise.attachment import Adapter, adapters
 from rankwise.errors import ModelTypeError, TrainingError
 from rankwise.hf import checkpoint
+from rankwise.hf.deferred import deferred_logits, smoothed
 from rankwise.hf.references import reference
 from rankwise.hf.watch import Watch, active, first_wrong, last_good, trained
 from rankwise.ranks import Constant, carry_out, scores
@@ -41,6 +43,10 @@ def _given(args: Any, names: tuple[str, ...]) -> list[str]:
 # -- before transformers sees the model -------------------------------------------------------
 
 
+def _of_trl(trainer: type) -> bool:
+    return any(c.__module__.split(".")[0] == "trl" for c in trainer.__mro__)
+
+
 def _check_model(model: Any, trainer: type) -> list[Adapter]:
     """The adapters to train, on a model that can be trained and saved this way."""
     if not isinstance(model, nn.Module):
@@ -52,7 +58,7 @@ def _check_model(model: Any, trainer: type) -> list[Adapter]:
         found = f"{len(loose)} parameters of the base would be trained and lost ({loose[0]} ...)"
         remedy = f"Freeze them, or make them part of the adapter: Sites(train={loose[0]!r})."
         raise TrainingError(f"Checkpoints hold adapters alone; {found}. {remedy}")
-    if any(c.__module__.split(".")[0] == "trl" for c in trainer.__mro__):
+    if _of_trl(trainer):
         head = getattr(model, "get_output_embeddings", lambda: None)()
         heads = {path for path, module in model.named_modules(remove_duplicate=False) if module is head}
         placements = [placement for adapter in active(model) for placement in adapter.placements]
@@ -93,6 +99,7 @@ class AdapterMixin(_Base):
     def __init__(self, model: Any = None, args: Any = None, *, lr: float | None = None, **kwargs: Any) -> None:
         self._chosen, self._lr = _check_model(model, type(self)), lr
         self._again: Any = None  # runs the last batch once more
+        self._told: set[str] = set()  # what was said of the loss
         self._unfinished: str | None = None  # the folder in which a checkpoint is being written
         if getattr(args, "sync_ref_model", False):
             raise TrainingError("The reference shares the policy's weights: set sync_ref_model=False.")
@@ -121,6 +128,8 @@ class AdapterMixin(_Base):
             self.ref_model: Any = self.accelerator.prepare_model(shared, evaluation_mode=True)
         if self.optimizer is None:
             self._check_arguments()
+        if type(self.label_smoother) is LabelSmoother:
+            self.label_smoother = functools.partial(smoothed, self.label_smoother)
         self._journal = checkpoint.Journal(self)
         for callback in (Watch(patient=online), _Plans(self._chosen), self._journal):
             self.add_callback(callback)
@@ -168,9 +177,29 @@ class AdapterMixin(_Base):
     # -- the loss -----------------------------------------------------------------------------
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's loss; remembers the batch, to look for the origin of a NaN."""
+        """The trainer's loss, its logits in chunks where that is possible.
+
+        It remembers the batch, to look for the origin of a NaN.
+        """
         self._again = functools.partial(super().compute_loss, model, copy.copy(inputs), *args, **kwargs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+        others = {
+            "TRL": _of_trl(type(self)),
+            "torch.compile": self.args.torch_compile or compiled,
+            "DataParallel": self.args.n_gpu > 1,
+            "DeepSpeed": self.is_deepspeed_enabled,
+        }
+        if other := next((name for name, found in others.items() if found), None):
+            self._tell(f"holds its logits whole: {other} has its own way with the model")
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with deferred_logits(self.accelerator.unwrap_model(model), self._tell):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _tell(self, found: str) -> None:
+        """Say once what the loss does with its logits."""
+        if found not in self._told and self.is_world_process_zero():
+            print(f"rankwise: the loss {found}", file=sys.stderr)
+        self._told.add(found)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """A step with the recipes' penalties; stops where the loss is not finite, before it is applied.
