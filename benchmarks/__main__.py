@@ -1,18 +1,5 @@
-"""Run every benchmark, or those named: ``python -m benchmarks [--quick] [step_time ...]``."""
+"""Run the benchmark: ``python -m benchmarks``."""
 
-import argparse
+from benchmarks.step_time import main
 
-from benchmarks import step_time
-from benchmarks.paired import fixed_allocator
-
-BENCHMARKS = {"step_time": step_time.run}
-
-parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
-parser.add_argument("--quick", action="store_true", help="few rounds: does it run at all?")
-args = parser.parse_args()
-if unknown := set(args.names) - BENCHMARKS.keys():
-    parser.error(f"no benchmark named {sorted(unknown)}; there are {sorted(BENCHMARKS)}")
-fixed_allocator()
-for name in args.names or BENCHMARKS:
-    BENCHMARKS[name](quick=args.quick)
+main()
