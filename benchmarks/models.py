@@ -99,7 +99,7 @@ def method(name: str, case: Case) -> tuple[Method, int]:
     return METHODS[name], int(rank or case.rank)
 
 
-def llama(case: Case) -> LlamaForCausalLM:
+def llama(case: Case) -> nn.Module:
     """The frozen base, in training mode."""
     config = LlamaConfig(
         vocab_size=case.vocabulary,
@@ -110,7 +110,8 @@ def llama(case: Case) -> LlamaForCausalLM:
         num_key_value_heads=max(case.hidden // 64, 1),
         pad_token_id=None,
     )
-    return LlamaForCausalLM(config).to(case.device, case.torch_dtype).requires_grad_(False).train()
+    model = nn.Module.to(LlamaForCausalLM(config), case.device, case.torch_dtype)
+    return model.requires_grad_(False).train()
 
 
 def twin(base: nn.Module) -> Any:
@@ -174,19 +175,24 @@ def batch(case: Case) -> dict[str, Tensor]:
     return {"inputs_embeds": embeds.to(case.device, case.torch_dtype), "labels": labels.to(case.device)}
 
 
-def stepper(model: Any, given: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    """One forward and backward; returns the loss and the norm of the gradient to the input.
+def forward(model: Any, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The loss, and the input that it is differentiated to.
 
     A PeftModel is called below its outer wrapper, which adds a little time and, for AdaLoRA, a penalty.
     """
     call = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    leaf = given["inputs_embeds"].detach().requires_grad_()
+    return call(inputs_embeds=leaf, labels=given["labels"]).loss, leaf
+
+
+def stepper(model: Any, given: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+    """One forward and backward; returns the loss and the norm of the gradient to the input."""
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> Tensor:
         for p in parameters:
             p.grad = None
-        leaf = given["inputs_embeds"].detach().requires_grad_()
-        loss = call(inputs_embeds=leaf, labels=given["labels"]).loss
+        loss, leaf = forward(model, given)
         loss.backward()
         assert leaf.grad is not None
         return torch.stack([loss.detach().float(), leaf.grad.float().norm()])
@@ -204,7 +210,7 @@ def agree(ours: Any, theirs: Any, case: Case) -> None:
     found = [stepper(m.eval(), given)() for m in (ours, theirs)]
     tolerance = 1e-3 if case.dtype == "float32" else 5e-2
     torch.testing.assert_close(found[0], found[1], rtol=tolerance, atol=0)
-    ours.train(), theirs.train()
     for model in (ours, theirs):
+        model.train()
         for p in model.parameters():
             p.grad = None

@@ -40,21 +40,24 @@ def measure(
     warmup: int = 3,
     settle: Callable[[], object] = lambda: None,
     each: int = 1,
+    fresh: bool = False,
 ) -> Rounds:
     """Time every variant once a round, in an order drawn anew each round.
 
     ``settle`` waits for what a variant left running (a GPU's queue); ``each`` calls make one entry,
-    for variants too short for the clock.
+    for variants too short for the clock. With ``fresh``, a variant prepares its objects outside the
+    clock and returns what is timed.
     """
     out = Rounds(*({name: [] for name in variants} for _ in range(3)))
     order, shuffle = list(variants), random.Random(0)
     for step in range(warmup + rounds):
         shuffle.shuffle(order)
         for name in order:
+            run: Callable[[], object] = variants[name]() if fresh else variants[name]  # type: ignore[assignment]
             settle()
             faults, wall, cpu = _faults(), time.perf_counter(), time.process_time()
             for _ in range(each):
-                variants[name]()
+                run()
             settle()
             wall, cpu, faults = time.perf_counter() - wall, time.process_time() - cpu, _faults() - faults
             if step >= warmup:
@@ -102,6 +105,11 @@ def overhead(
         return added / (statistics.median(b[i] for i in rows) - zero)
 
     return interval(share, len(floor))
+
+
+def quiet(seen: Rounds) -> float:
+    """CPU time over wall time of all variants together: far below the number of threads on a busy machine."""
+    return sum(map(sum, seen.cpu.values())) / sum(map(sum, seen.wall.values()))
 
 
 def fixed_allocator() -> None:

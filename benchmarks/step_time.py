@@ -18,29 +18,35 @@ from torch import Tensor, nn
 
 from benchmarks import models
 from benchmarks.models import TARGETS, Case
-from benchmarks.paired import Interval, Rounds, fixed_allocator, measure, median, overhead, ratio
+from benchmarks.paired import Interval, Rounds, fixed_allocator, measure, median, overhead, quiet, ratio
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "float32": "float32", "bfloat16": "bfloat16"}
+OWN_DTYPE = ("lora", "dora")  # on a bfloat16 base, PEFT without its float32 copy of the factors is timed too
+
+
+def adapted(base: nn.Module) -> list[Tensor]:
+    """The weights of the adapted layers."""
+    return [p for name, p in base.named_parameters() if name.split(".")[-2] in TARGETS]
 
 
 def linears(base: nn.Module, case: Case) -> Callable[[], None]:
     """The products of the adapted layers alone: y = x W' and dx = dy W."""
-    weights = [m.weight for n, m in base.named_modules() if n.rsplit(".", 1)[-1] in TARGETS]  # type: ignore[union-attr]
+    weights = adapted(base)
     tokens = case.batch * case.tokens
-    rows = {w.shape[i]: torch.randn(tokens, w.shape[i]).to(w) for w in weights for i in (0, 1)}  # type: ignore[union-attr]
+    rows = {w.shape[i]: torch.randn(tokens, w.shape[i]).to(w) for w in weights for i in (0, 1)}
 
     def run() -> None:
         with torch.no_grad():
             for w in weights:
-                rows[w.shape[1]] @ w.mT  # type: ignore[union-attr]  # noqa: B018
-                rows[w.shape[0]] @ w  # type: ignore[union-attr]  # noqa: B018
+                torch.mm(rows[w.shape[1]], w.mT)
+                torch.mm(rows[w.shape[0]], w)
 
     return run
 
 
 def share(base: nn.Module, rank: int) -> float:
     """LoRA's least arithmetic over the linear layers' own: sum of 6Tr(M+N) over sum of 4TMN."""
-    shapes = [m.weight.shape for n, m in base.named_modules() if n.rsplit(".", 1)[-1] in TARGETS]  # type: ignore[union-attr]
+    shapes = [w.shape for w in adapted(base)]
     return sum(6 * rank * (m + n) for m, n in shapes) / sum(4 * m * n for m, n in shapes)
 
 
@@ -67,7 +73,7 @@ class _HiraLinear(nn.Module):
         self.weight, self.a, self.b = weight, nn.Parameter(a.clone()), nn.Parameter(b.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Hira.apply(x, self.weight, self.a, self.b)  # type: ignore[no-any-return]
+        return _Hira.apply(x, self.weight, self.a, self.b)
 
 
 def hira_bound(base: nn.Module, case: Case, name: str, adapter: Any) -> nn.Module:
@@ -79,8 +85,8 @@ def hira_bound(base: nn.Module, case: Case, name: str, adapter: Any) -> nn.Modul
     return model
 
 
-def build(case: Case, methods: Sequence[str], full: bool, ours_only: Sequence[str] = ()) -> dict[str, Any]:
-    """The variants of a cell by name, each checked against its counterpart; ``base`` is the floor's model."""
+def build(case: Case, methods: Sequence[str], full: bool) -> dict[str, Any]:
+    """The variants of a cell by name, each checked against its counterpart."""
     torch.manual_seed(0)
     base = models.llama(case)
     found: dict[str, Any] = {"floor": base}
@@ -91,33 +97,27 @@ def build(case: Case, methods: Sequence[str], full: bool, ours_only: Sequence[st
         ours, adapter = models.with_rankwise(base, case, name, theirs)
         models.agree(ours, theirs, case)
         found |= {f"rankwise {name}": ours, f"peft {name}": theirs}
-        if case.dtype != "float32":
+        if case.dtype != "float32" and name in OWN_DTYPE:
             found[f"peft-own-dtype {name}"] = models.with_peft(base, case, name, autocast=False)
         if name == "hira" and case.dtype == "float32":
             found["bound hira"] = hira_bound(base, case, name, adapter)
             models.agree(found["bound hira"], theirs, case)
-    for name in ours_only:
-        found[f"rankwise {name}"] = models.with_rankwise(base, case, name)[0]
     return found
 
 
 def compiled(model: Any) -> Any:
     """The model under ``torch.compile``; a PeftModel below its wrapper, as it is timed."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    torch._dynamo.config.recompile_limit = 64  # the variants share the code of their forward
     return torch.compile(inner)
 
 
 def step_cell(
-    case: Case,
-    methods: Sequence[str] = ("lora",),
-    rounds: int = 31,
-    full: bool = False,
-    ours_only: Sequence[str] = (),
-    compile: bool = False,
+    case: Case, methods: Sequence[str] = ("lora",), rounds: int = 31, full: bool = False, compile: bool = False
 ) -> dict[str, Any]:
     """Measure one cell: one interleaved set of variants."""
     torch.set_num_threads(case.threads)
-    found = build(case, methods, full, ours_only)
+    found = build(case, methods, full)
     given = models.batch(case)
     run: dict[str, Callable[[], object]] = {
         name: models.stepper(compiled(model) if compile else model, given) for name, model in found.items()
@@ -128,7 +128,9 @@ def step_cell(
     row = {
         "case": asdict(case),
         "compiled": compile,
+        "command": command(case, methods, rounds, full, compile),
         "rounds": rounds,
+        "cpu_over_wall": quiet(seen),
         "arithmetic_share": share(found["floor"], case.rank),
         "trained": {
             name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in found.items()
@@ -139,6 +141,17 @@ def step_cell(
     del found, run
     gc.collect()
     return row
+
+
+def command(case: Case, methods: Sequence[str], rounds: int, full: bool, compile: bool) -> str:
+    """What measures this cell alone."""
+    short = {long: name for name, long in DTYPES.items() if name != long}
+    plain = Case()
+    options = {"dropout": case.dropout, "layers": case.layers, "tokens": case.tokens, "device": case.device}
+    words = [f"--hidden {case.hidden} --dtype {short[case.dtype]} --rank {case.rank} --threads {case.threads}"]
+    words += [f"--{name} {value}" for name, value in options.items() if value != getattr(plain, name)]
+    words += [f"--{name}" for name, on in (("full", full), ("compile", compile)) if on]
+    return f"python -m benchmarks.step_time {' '.join(words)} --methods {','.join(methods)} --rounds {rounds}"
 
 
 def ratios(seen: Rounds, clock: str, case: Case, minimum: float) -> dict[str, dict[str, Interval]]:
