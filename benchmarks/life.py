@@ -165,6 +165,7 @@ PROGRAMS = {
     "python": ["-c", "pass"],
     "torch": ["-c", "import torch"],
     "torch and rankwise": ["-c", "import torch, rankwise"],
+    "torch and rankwise, used": ["-c", "import torch, rankwise as r; r.attach, r.load, r.merge, r.recipe"],
     "torch and every public name": ["-c", "import torch, rankwise as r; [getattr(r, n) for n in r.__all__]"],
     "rankwise --help": ["-c", "import sys; sys.argv = ['rankwise', '--help']; from rankwise.cli import main; main()"],
 }

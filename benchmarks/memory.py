@@ -35,8 +35,8 @@ def saved(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, int]:
     packed: list[Tensor] = []  # alive until the end, so that no address is used twice
 
     def pack(tensor: Tensor) -> _Held:
-        packed.append(tensor)
-        held.add(found := _Held(tensor))
+        packed.append(tensor.detach())
+        held.add(found := _Held(tensor.detach()))  # an output that held its own node would never die
         return found
 
     with saved_tensors_hooks(pack, lambda found: found.tensor):
