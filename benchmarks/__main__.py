@@ -72,6 +72,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     threads = args.threads or ([1] if args.quick or args.device == "cuda" else [1, 2])
     words = [f"--{name}" for name in ("quick", "long") if getattr(args, name)]
+    words += [f"--only {args.only}"] if args.only else []
     words += [f"--device {args.device}"] if args.device != "cpu" else []
     results: dict[str, Any] = {"command": " ".join(["python -m benchmarks", *words]), **conditions(args.device)}
 

@@ -35,19 +35,14 @@ def _faults() -> int:
 
 
 def measure(
-    variants: Mapping[str, Callable[[], object]],
-    rounds: int,
-    warmup: int = 3,
-    settle: Callable[[], object] = lambda: None,
-    each: int = 1,
-    fresh: bool = False,
+    variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3, each: int = 1, fresh: bool = False
 ) -> Rounds:
     """Time every variant once a round, in an order drawn anew each round.
 
-    ``settle`` waits for what a variant left running (a GPU's queue); ``each`` calls make one entry,
-    for variants too short for the clock. With ``fresh``, a variant prepares its objects outside the
-    clock and returns what is timed.
+    ``each`` calls make one entry, for variants too short for the clock; a GPU's queue is empty at both
+    ends. With ``fresh``, a variant prepares its objects outside the clock and returns what is timed.
     """
+    settle: Callable[[], object] = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     out = Rounds(*({name: [] for name in variants} for _ in range(3)))
     order, shuffle = list(variants), random.Random(0)
     for step in range(warmup + rounds):

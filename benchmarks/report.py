@@ -62,9 +62,9 @@ def span(found: Mapping[str, float] | None) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table: text to the left, numbers to the right."""
+    """A Markdown table: text to the left, columns of numbers to the right."""
     rows = [list(row) for row in rows]
-    line = ["---", *["---:"] * (len(heads) - 1)]
+    line = ["---:" if any(row[i][:1].isdigit() for row in rows) and i else "---" for i in range(len(heads))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (list(heads), line, *rows)) + "\n"
 
 
@@ -82,7 +82,7 @@ def of_criteria(results: Mapping[str, Any]) -> str:
         high = number(value["high"]) if value else ""
         kept = f"{v.kept} of {v.cells}" if v.cells else ""
         rows.append([c.text, number(c.bound), span(value), high, where, kept, verdict])
-    heads = ("criterion", "at most", "worst cell: value (95 %)", "its worse end", "worst cell", "cells kept", "holds")
+    heads = ("criterion", "at most", "worst value (95 %)", "its worse end", "worst cell", "cells kept", "holds")
     said = "A criterion holds when the worse end of the interval keeps the bound in every cell that it speaks of.\n\n"
     commands = sorted({v.criterion.command for v in judge(results) if v.worst})
     return "## Criteria\n\n" + said + table(heads, rows) + ("\n" + fence(*commands) if commands else "")
@@ -160,7 +160,7 @@ held during a step over what it held before it (weights aside, gradients within)
     )
 
 
-def seconds(found: Mapping[str, Any], names: Mapping[str, str], by: str = "cpu") -> list[list[str]]:
+def seconds(found: Mapping[str, Any], names: Mapping[str, str], by: str) -> list[list[str]]:
     """Milliseconds of variants, with the ratio to their counterpart."""
     rows = []
     for name, title in names.items():
@@ -176,13 +176,14 @@ def of_life(life: Mapping[str, Any] | None) -> str:
     if life is None:
         return ""
     rows: list[list[str]] = []
+    by = clock(life["case"])
     for part in ("attach", "switch", "keep"):
-        names = life[part]["cpu"]
-        rows += seconds(life[part], {n: f"{'attach ' if part == 'attach' else ''}{n}" for n in names})
+        names = life[part][by]
+        rows += seconds(life[part], {n: f"{'attach ' if part == 'attach' else ''}{n}" for n in names}, by)
         if part == "switch":
             rows[-len(names) :] = [[f"adapters attached: {row[0]}", *row[1:]] for row in rows[-len(names) :]]
     for dtype, found in life["optimizer"].items():
-        rows += seconds(found, {n: f"optimiser step, {n}, {dtype} base" for n in found["cpu"]})
+        rows += seconds(found, {n: f"optimiser step, {n}, {dtype} base" for n in found[by]}, by)
     start = life["start"]
     rows += [
         [f"new process, wall: {name}", span({k: 1e3 * v for k, v in value.items()}), ""]
@@ -194,7 +195,7 @@ A saved adapter takes {size[0]} of its trained tensors' bytes, PEFT's {size[1]}.
 {"imports torch" if start["help_imports_torch"] else "does not import torch"}.
 
 """
-    case = f"Of LoRA on the Llama of {Case(**life['case'])}, unless said; CPU time.\n\n"
+    case = f"Of LoRA on the Llama of {Case(**life['case'])}, unless said; {by} time.\n\n"
     heads = ("what", "milliseconds (95 %)", "ratio")
     return f"## The rest of an adapter's life\n\n{case}{table(heads, rows)}{said}" + fence(
         "python -m benchmarks --only life"

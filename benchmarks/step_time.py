@@ -123,8 +123,7 @@ def step_cell(
         name: models.stepper(compiled(model) if compile else model, given) for name, model in found.items()
     }
     run["linears"] = linears(found["floor"], case)
-    settle = torch.cuda.synchronize if case.device == "cuda" else lambda: None
-    seen = measure(run, rounds, settle=settle)
+    seen = measure(run, rounds)
     row = {
         "case": asdict(case),
         "compiled": compile,

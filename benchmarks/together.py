@@ -62,8 +62,7 @@ def together_cell(case: Case, k: int, rounds: int) -> dict[str, Any]:
         return run
 
     found = {"one": single, "together": routed(False), "together, one optimizer": routed(True), "apart": apart()}
-    settle = torch.cuda.synchronize if case.device == "cuda" else lambda: None
-    seen = measure(found, rounds, settle=settle)
+    seen = measure(found, rounds)
     return {"case": asdict(case), "k": k, "b": b, **rows(seen, {name: "one" for name in found if name != "one"})}
 
 
