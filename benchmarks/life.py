@@ -216,5 +216,5 @@ def run(quick: bool, device: str) -> dict[str, Any]:
             "switch": switch(rounds, (1, 10) if quick else (1, 10, 100)),
             "optimizer": {dtype: optimizer(replace(case, dtype=dtype), rounds) for dtype in ("float32", "bfloat16")},
             "keep": keep(case, rounds, Path(folder)),
-            "start": start(3 if quick else 9),
+            "start": start(3 if quick else 7),
         }
