@@ -1,0 +1,142 @@
+"""The benchmark's own measure: its statistics on known data, and that every group runs on a tiny cell."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+peft = pytest.importorskip("peft")
+
+from benchmarks import criteria, memory, report, together  # noqa: E402
+from benchmarks.__main__ import EVERY  # noqa: E402
+from benchmarks.models import Case, batch, forward, llama  # noqa: E402
+from benchmarks.paired import Rounds, conditions, interval, measure, overhead, ratio  # noqa: E402
+from benchmarks.step_time import share, step_cell  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT
+
+TINY = Case(hidden=64, layers=1, batch=2, tokens=8, vocabulary=64)
+
+
+# -- statistics -----------------------------------------------------------------------------------
+
+
+def test_paired_ratio_removes_drift_that_a_ratio_of_medians_keeps():
+    drift = [1.0, 5.0, 2.0, 9.0, 3.0]
+    found = ratio([1.3 * d for d in drift], drift)
+    assert found == pytest.approx({"value": 1.3, "low": 1.3, "high": 1.3})
+
+
+def test_interval_covers_the_true_median_as_often_as_it_says():
+    rng, inside = random.Random(1), 0
+    for _ in range(200):
+        sample = [rng.gauss(2.0, 0.3) for _ in range(31)]
+        found = ratio(sample, [1.0] * 31)
+        inside += found["low"] <= 2.0 <= found["high"]
+    assert 0.90 <= inside / 200 <= 0.99
+
+
+def test_interval_of_a_mean_has_the_known_width():
+    rng = random.Random(0)
+    sample = [rng.gauss(0.0, 1.0) for _ in range(400)]
+    found = interval(lambda rows: sum(sample[i] for i in rows) / len(rows), 400)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 / 400**0.5, rel=0.15)
+
+
+def test_overhead_is_a_share_of_the_others_and_of_a_unit():
+    floor, drift = [1.0, 2.0, 4.0], [1.0, 2.0, 4.0]
+    ours, theirs = [1.2 * d for d in drift], [1.4 * d for d in drift]
+    assert overhead(ours, theirs, floor)["value"] == pytest.approx(0.5)
+    assert overhead(ours, ours, floor, [0.1 * d for d in drift])["value"] == pytest.approx(2.0)
+
+
+def test_every_variant_runs_once_a_round_in_changing_order():
+    seen: list[str] = []
+    found = measure({name: lambda name=name: seen.append(name) for name in "abc"}, rounds=8, warmup=2)
+    rounds = [tuple(seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    assert len(rounds) == 10 and {tuple(sorted(r)) for r in rounds} == {("a", "b", "c")} and len(set(rounds)) > 2
+    assert {len(times) for times in found.cpu.values()} == {8}
+
+
+def test_what_a_fresh_variant_prepares_is_outside_the_clock():
+    seen: list[str] = []
+
+    def prepare():
+        seen.append("prepared")
+        return lambda: seen.append("timed")
+
+    assert isinstance(measure({"a": prepare}, rounds=2, warmup=0, fresh=True), Rounds)
+    assert seen == ["prepared", "timed"] * 2
+
+
+# -- what is counted ------------------------------------------------------------------------------
+
+
+def test_saved_bytes_of_a_known_graph():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8, 8))
+
+        def forward(self, inputs_embeds, labels):
+            y = (inputs_embeds @ self.weight).exp()  # saves its input (2 x 8) and, by exp, its output (2 x 8)
+            (y * y).detach()  # saves y again, and is dropped
+            return type("Out", (), {"loss": y.sum()})
+
+    given = {"inputs_embeds": torch.ones(2, 8), "labels": torch.zeros(2)}
+    assert memory.saved(Twice(), given) == {"saved": 128, "packed": 128}
+
+
+def test_dropped_graphs_count_as_packed_only():
+    class Dropped(nn.Module):
+        def forward(self, inputs_embeds, labels):
+            inputs_embeds.exp().detach()
+            return type("Out", (), {"loss": inputs_embeds.sum()})
+
+    given = {"inputs_embeds": torch.ones(2, 8), "labels": torch.zeros(2)}
+    assert memory.saved(Dropped(), given) == {"saved": 0, "packed": 64}
+
+
+def test_peak_is_no_less_than_what_is_saved():
+    case = Case(hidden=64, layers=1, batch=2, tokens=32)
+    model, given = llama(case).requires_grad_(True), batch(case)
+    most = memory.peak(lambda: forward(model, given)[0].backward(), "cpu")
+    assert most >= memory.saved(model, given)["saved"]
+
+
+def test_least_arithmetic_of_a_square_layer():
+    model = nn.ModuleDict({"q_proj": nn.Linear(32, 32, bias=False)})
+    assert share(nn.Sequential(model), 4) == pytest.approx(6 * 4 * 64 / (4 * 32 * 32))
+
+
+# -- it runs --------------------------------------------------------------------------------------
+
+
+def test_every_method_computes_pefts_function_and_makes_a_page(tmp_path):
+    torch.manual_seed(0)
+    row = step_cell(TINY, EVERY, rounds=2, full=True)
+    assert row["trained"]["rankwise loha@8"] == row["trained"]["rankwise lora"] == row["trained"]["peft lora"]
+    results = {
+        "command": "python -m benchmarks",
+        **conditions("cpu"),
+        "step": [row, step_cell(Case(hidden=64, dtype="bfloat16", layers=1, batch=2, tokens=8), rounds=2)],
+        "memory": [memory.memory_cell(TINY, ("lora",))],
+        "together": [together.together_cell(Case(hidden=64, layers=1, batch=4, tokens=8), 2, 2)],
+    }
+    report.write(results, tmp_path / "page.md", tmp_path / "img")
+    page = (tmp_path / "page.md").read_text()
+    assert all(f"`{name}`" in page for name in EVERY) and (tmp_path / "img" / "benchmark-methods.png").exists()
+    assert "Not measured in this run: compiled, life." in page
+
+
+def test_a_criterion_is_judged_by_the_worse_end_of_its_worst_cell():
+    def row(hidden: int, low: float, high: float) -> dict:
+        found = {"overhead_over_peft": {"value": (low + high) / 2, "low": low, "high": high}}
+        case = {**Case(hidden).__dict__}
+        return {"case": case, "trained": {"rankwise lora": 1}, "cpu": {"rankwise lora": found}}
+
+    verdicts = {v.criterion.text: v for v in criteria.judge({"step": [row(256, 0.5, 0.7), row(512, 0.5, 0.59)]})}
+    narrow, wide = (v for text, v in verdicts.items() if text.startswith(criteria.LORA) and "float32" in text)
+    assert (narrow.holds, wide.holds) == (False, True)
+    assert verdicts["LoKr's step over our LoRA's"].holds is None
