@@ -31,7 +31,8 @@ LEVELS = [
     {"inits", "solvers", "ranks"},
     {"_recipe", "recipes", "registry", "methods", "io", "attachment"},
     {"lifecycle", "serve", "lab", "formats", "embedded"},
-    {"hf", "select", "testing"},
+    {"hf", "testing"},
+    {"select"},
     {"__init__"},
     {"cli"},
 ]
@@ -226,6 +227,7 @@ PUBLIC = [
     "load",
     "merge",
     "merged",
+    "plan",
     "recipe",
     "recipes",
     "route",

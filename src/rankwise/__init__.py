@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from rankwise.formats import export
     from rankwise.lifecycle import merge, merged
     from rankwise.methods import catalogue, recipe
+    from rankwise.select import plan
     from rankwise.sites import Sites, Target
 
 __all__ = [
     "Adapter", "Recipe", "Sites", "Target", "__version__", "adapters", "attach", "catalogue", "disabled", "errors",
-    "export", "load", "merge", "merged", "recipe", "recipes", "route", "set_active", "targets",
+    "export", "load", "merge", "merged", "plan", "recipe", "recipes", "route", "set_active", "targets",
 ]  # fmt: skip
 
 _HOMES = {
@@ -28,6 +29,7 @@ _HOMES = {
     "methods": ("catalogue", "recipe"),
     "formats": ("export",),
     "lifecycle": ("merge", "merged"),
+    "select": ("plan",),
     "sites": ("Sites", "Target"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

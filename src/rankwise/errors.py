@@ -99,5 +99,9 @@ class TrainingError(RankwiseError, ValueError):
     """Training that cannot go on: a loss that is NaN, a site that gets no gradient."""
 
 
+class DoesNotFit(RankwiseError, MemoryError):
+    """A run that takes more memory than there is."""
+
+
 class MissingDependency(RankwiseError, ImportError, ValueError):
     """An optional library that a feature needs and that is not installed."""

@@ -38,6 +38,7 @@ def finetune(
     resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: common.Overwrite = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be trained; stop.")] = False,
+    any_size: Annotated[bool, Option("--any-size", help="Start even where the plan says it does not fit.")] = False,
     as_json: common.Json = False,
 ) -> None:
     """Train an adapter on your data.
@@ -51,12 +52,12 @@ def finetune(
     from rankwise.cli import progress
     from rankwise.hf import finetune
 
-    ours = ("model", "rest", "option", "resume", "overwrite", "dry_run", "as_json")
+    ours = ("model", "rest", "option", "resume", "overwrite", "dry_run", "any_size", "as_json")
     given = {name: value for name, value in context.params.items() if name not in ours and value not in (None, [], ())}
     given |= {"options": common.pairs(option)} if option else {}
     given |= {"validation": None} if validation == "none" else {}
     run = _run(model, rest or [], {"out": "(dry run)", **given} if dry_run else given)
-    display = progress.Display()
+    display = progress.Display(any_size)
     if dry_run:
         common.show(as_json, *progress.plan(finetune.prepare(run, listener=display)))
         return

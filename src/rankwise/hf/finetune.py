@@ -19,6 +19,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from rankwise._recipe import Recipe
 from rankwise.attachment import Adapter, attach, disabled, targets
 from rankwise.errors import DataError, OutputExists, UnknownName
 from rankwise.hf.checkpoint import METRICS
@@ -32,7 +33,7 @@ from rankwise.hf.trainer import Trainer
 from rankwise.placement import TargetReport
 from rankwise.version import __version__
 
-__all__ = ["Listener", "Prepared", "Result", "Run", "finetune", "prepare", "scored", "task_of"]
+__all__ = ["Listener", "Prepared", "Result", "Run", "finetune", "prepare", "recipe_of", "scored", "task_of"]
 
 
 class Listener(TrainerCallback):
@@ -40,6 +41,9 @@ class Listener(TrainerCallback):
 
     def doing(self, what: str) -> None:
         """A stage begins: "loading the model", "measuring before training"."""
+
+    def read(self, run: Run, train: Any) -> None:
+        """The data are read; the model comes next."""
 
     def planned(self, prepared: Prepared) -> None:
         """All is loaded; the first step comes next."""
@@ -95,6 +99,12 @@ def task_of(run: Run) -> Task:
     return SequenceClassification(length, run.labels)
 
 
+def recipe_of(run: Run) -> Recipe:
+    """The method of a run; raises as ``compose`` does."""
+    axes = {"structure": run.structure, "init": run.init, "solver": run.solver, "ranks": run.ranks}
+    return compose(run.method, axes, rank=run.rank, options=run.options, targets=run.target, base=run.base)
+
+
 @torch.no_grad()
 def scored(task: Task, model: Any, examples: Any, processor: Any, batch: int = 8) -> dict[str, float]:
     """The task's measures over examples, with the model in evaluation mode."""
@@ -118,8 +128,7 @@ def prepare(run: Run, task: Task | None = None, listener: Listener = QUIET) -> P
     Raises:
         RankwiseError: whatever is wrong with the run, the data, the model or the method.
     """
-    axes = {"structure": run.structure, "init": run.init, "solver": run.solver, "ranks": run.ranks}
-    recipe = compose(run.method, axes, rank=run.rank, options=run.options, targets=run.target, base=run.base)
+    recipe = recipe_of(run)
     task = task or task_of(run)
     listener.doing("reading the data")
     processor = task.processor(run.model)
@@ -131,6 +140,7 @@ def prepare(run: Run, task: Task | None = None, listener: Listener = QUIET) -> P
     elif run.validation:
         train, held = task.split(train, run.validation, run.seed)
     own = task.examples(run.base_text, processor) if run.base_text else None
+    listener.read(run, train)
     listener.doing("loading the model")
     set_seed(run.seed)
     model = task.model(run.model, train, processor, base=recipe.base, dtype=run.dtype)

@@ -32,6 +32,10 @@ _SAME_WORK = {  # the CPU's attention is missing from torch 2.13's table
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _ATEN._scaled_dot_product_flash_attention_backward,
 }
+_PRODUCTS = {  # bitsandbytes': activations (*, in) times packed weights
+    "bitsandbytes.gemm_4bit": lambda x, *rest, out_val, **more: 2 * x.shape[-1] * out_val.numel(),
+    "bitsandbytes.int8_linear_matmul": lambda x, *rest, out_val, **more: 2 * x.shape[-1] * out_val.numel(),
+}
 
 
 @final
@@ -79,13 +83,15 @@ class Ledger(TorchDispatchMode):
         self.live[kind] -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # half of all calls; a fake knows
+            return args[0].fake_device
         out = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in made:
             self.note(tensor)
         if made and not func.is_view:
             packet = func.overloadpacket
-            count = flop_registry.get(_SAME_WORK.get(packet, packet))
+            count = _PRODUCTS.get(str(packet)) or flop_registry.get(_SAME_WORK.get(packet, packet))
             read = made if packet in _LOOKUPS else [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
             moved = sum(t.numel() * t.element_size() for t in (*read, *made))
             flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
@@ -102,6 +108,7 @@ class Footprint:
         peak: bytes by kind, where their sum is largest. Activations are what the forward pass made,
             temporaries what the backward pass and the update made.
         held: bytes by kind between two steps.
+        gradients: bytes of the factors' gradients.
         saved: bytes that the forward pass leaves for the backward pass.
         logits: bytes of the model's output.
         file: bytes of the adapter's tensors in its file.
@@ -110,10 +117,17 @@ class Footprint:
 
     peak: Mapping[str, int]
     held: Mapping[str, int]
+    gradients: int
     saved: int
     logits: int
     file: int
     work: Mapping[tuple[int, int, torch.dtype], int]
+
+
+def update(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """The end of a step as transformers' trainer has it."""
+    nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
 
 
 def footprint(
@@ -159,7 +173,6 @@ def footprint(
         del output
         saved, ledger.kind = ledger.live["activations"], "temporaries"
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)  # as transformers' trainer does
-        optimizer.step()
-        file = sum(p.numel() * p.element_size() for _, p in adapter.named_parameters())
-    return Footprint(dict(ledger.peak), dict(held), saved, logits, file, dict(ledger.work))
+        update(trained, optimizer)
+        file, gradients = (sum(p.nbytes for p in adapter.parameters(only)) for only in (False, True))
+    return Footprint(dict(ledger.peak), dict(held), gradients, saved, logits, file, dict(ledger.work))

@@ -10,33 +10,44 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rankwise.candidates import HEADS
+from rankwise.hf.run import Run
 from rankwise.hf.tasks import SequenceClassification
 
 
-def skeleton(config: Any, task: str, dtype: torch.dtype, base: str | None) -> nn.Module:
-    """The model as ``finetune`` has it, in training mode; call it under a ``FakeTensorMode``.
+def skeleton(run: Run, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model as ``finetune`` trains it; call it under a ``FakeTensorMode``.
 
     Args:
+        run: says the task, the format of the weights and checkpointing.
         config: of transformers.
-        task: as in a run.
         dtype: of the weights.
-        base: "nf4", "int8" or None.
 
     Returns:
-        The model.
+        The model, in training mode.
     """
-    kind = AutoModelForSequenceClassification if task == SequenceClassification.name else AutoModelForCausalLM
-    model: Any = kind.from_config(config, dtype=dtype)
-    model.config.use_cache = False  # as the trainer does
-    if base is not None:
+    model: Any = kind_of_model(run).from_config(config, dtype=dtype)
+    if run.base is not None:
         for path, module in list(model.named_modules()):
             if type(module) is nn.Linear and not HEADS & set(path.split(".")):
-                model.set_submodule(path, _quantised(module, base, dtype))
+                model.set_submodule(path, _quantised(module, run.base, dtype))
+    return settle(run, model)
+
+
+def kind_of_model(run: Run) -> Any:
+    """The class of transformers that loads the run's model."""
+    return AutoModelForSequenceClassification if run.task == SequenceClassification.name else AutoModelForCausalLM
+
+
+def settle(run: Run, model: Any) -> Any:
+    """The model as the trainer sets it."""
+    model.config.use_cache = False
+    if run.checkpointing:  # the older name is deprecated in transformers 5.23
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     return model.train()
 
 
 def _quantised(linear: nn.Linear, base: str, dtype: torch.dtype) -> nn.Module:
-    """The layer of bitsandbytes that takes this one's place, with its weight a plain parameter (fakes have no subclass)."""
+    """The layer of bitsandbytes that takes this one's place; its weight is a plain parameter."""
     import bitsandbytes as bnb
 
     sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
