@@ -32,15 +32,15 @@ _SAME_WORK = {  # the CPU's attention is missing from torch 2.13's table
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _ATEN._scaled_dot_product_flash_attention_backward,
 }
-_PRODUCTS = {  # bitsandbytes': activations (*, in) times packed weights
-    "bitsandbytes.gemm_4bit": lambda x, *rest, out_val, **more: 2 * x.shape[-1] * out_val.numel(),
-    "bitsandbytes.int8_linear_matmul": lambda x, *rest, out_val, **more: 2 * x.shape[-1] * out_val.numel(),
-}
+_PRODUCTS = {"bitsandbytes.gemm_4bit", "bitsandbytes.int8_linear_matmul", "aten._grouped_mm"}  # missing there too
 
 
 @final
 class Ledger(TorchDispatchMode):
     """Bytes of the living storages, each of the kind that was current when it was made.
+
+    Args:
+        full: what a model that asks of its batch hears: whether all of it is tokens, none padding.
 
     Attributes:
         kind: of the storages that are made from now on.
@@ -49,8 +49,9 @@ class Ledger(TorchDispatchMode):
         work: (floating-point operations, bytes moved, dtype) of a kernel -> how often it ran.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, full: bool = False) -> None:
         super().__init__()
+        self.full = full
         self.kind = KINDS[0]
         self.live: Counter[str] = Counter()
         self.work: Counter[tuple[int, int, torch.dtype]] = Counter()
@@ -85,18 +86,27 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # half of all calls; a fake knows
             return args[0].fake_device
-        out = func(*args, **(kwargs or {}))
+        if func is _ATEN._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return self.full
+        out = _run(func, *args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in made:
             self.note(tensor)
         if made and not func.is_view:
             packet = func.overloadpacket
-            count = _PRODUCTS.get(str(packet)) or flop_registry.get(_SAME_WORK.get(packet, packet))
+            count = flop_registry.get(_SAME_WORK.get(packet, packet))
             read = made if packet in _LOOKUPS else [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
             moved = sum(t.numel() * t.element_size() for t in (*read, *made))
             flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
+            flops += 2 * args[0].numel() * out.shape[-1] if str(packet) in _PRODUCTS else 0
             self.work[flops, moved, made[0].dtype] += 1
         return out
+
+
+def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
+    if func is _ATEN._grouped_mm.default and args[0].dtype != torch.bfloat16:  # torch 2.13's fake one takes no other
+        return func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs).to(args[0].dtype)
+    return func(*args, **kwargs)
 
 
 @final
@@ -134,7 +144,9 @@ def footprint(
     build: Callable[[], nn.Module],
     attach: Callable[[nn.Module], Adapter],
     batch: Callable[[], Mapping[str, Any]],
+    *,
     accumulate: bool = False,
+    full: bool = False,
 ) -> Footprint:
     """Run a step, not the first one, on fake tensors; nothing is computed or allocated.
 
@@ -143,11 +155,12 @@ def footprint(
         attach: puts the adapter on it.
         batch: gives the model's arguments.
         accumulate: whether gradients of earlier batches are there already.
+        full: whether no row of the batch is padded.
 
     Returns:
         What the step takes.
     """
-    ledger = Ledger()
+    ledger = Ledger(full)
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         model = build()
         ledger.kind = "factors"

@@ -19,7 +19,7 @@ from rankwise.hf.run import Run
 from rankwise.hf.tasks import SequenceClassification
 from rankwise.select.devices import HERE, Device, device_of, in_words, size_of
 from rankwise.select.memory import KINDS, Footprint, footprint, update
-from rankwise.select.skeleton import kind_of_model, settle, skeleton
+from rankwise.select.skeleton import as_if_real, kind_of_model, settle, skeleton
 
 __all__ = ["Plan", "Remedy", "of_run", "plan"]
 
@@ -49,6 +49,7 @@ class Plan:
     Attributes:
         run: the run.
         length: tokens of the longest row.
+        uniform: whether all rows are that long, so that none is padded.
         dtype: of the weights, by name.
         device: on which it is to run.
         memory: bytes that it may take there.
@@ -59,6 +60,7 @@ class Plan:
 
     run: Run
     length: int
+    uniform: bool
     dtype: str
     device: Device
     memory: int
@@ -165,17 +167,18 @@ def plan(
 def of_run(run: Run, examples: Any = None, device: str | Device = HERE, memory: int | str | None = None) -> Plan:
     """Plan a run whose training examples are read, or need not be; see :func:`plan`."""
     task: Any = task_of(run)
-    length = task.max_length
+    lengths = {task.max_length}
     if examples is not None:
         task = task.settled(examples)
         run = replace(run, labels=getattr(task, "labels", None))
-        length = max((len(row["input_ids"]) for row in task.rows(examples)), default=length)
+        lengths = {len(row["input_ids"]) for row in task.rows(examples)} or lengths
     chosen = device if isinstance(device, Device) else device_of(device)
     limit = size_of(memory) if isinstance(memory, str) else chosen.memory if memory is None else memory
     gpu = torch.cuda.is_available() if device == HERE else True
     own = str(_config(run).dtype or torch.float32).removeprefix("torch.")
     dtype = {"auto": "bfloat16" if gpu else "float32", "stored": own}.get(run.dtype, run.dtype)
-    made = Plan(run, length, dtype, chosen, limit, _step(run, length, dtype))
+    length, uniform = max(lengths), examples is not None and len(lengths) == 1
+    made = Plan(run, length, uniform, dtype, chosen, limit, _step(run, length, dtype, uniform))
     return made if made.fits else replace(made, remedies=tuple(_remedies(made)))
 
 
@@ -188,14 +191,12 @@ def _config(run: Run) -> Any:
 
 
 def _batch(run: Run, length: int, device: Any = "cpu") -> dict[str, Any]:
-    """A batch as the collator makes it; the first row is padded, as some row nearly always is."""
+    """A batch as the collator makes it, each row of full length."""
     ids = torch.ones(run.batch, length, dtype=torch.long, device=device)
     labels = ids[:, 0].clone() if run.task == SequenceClassification.name else ids.clone()
     if run.pack:
         return {"input_ids": ids, "labels": labels, "position_ids": torch.zeros_like(ids), "use_cache": False}
-    mask = ids.clone()
-    mask[:1, -1:] = 0
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return {"input_ids": ids, "labels": labels, "attention_mask": ids.clone()}
 
 
 def _adapt(run: Run, model: Any) -> Adapter:
@@ -203,9 +204,11 @@ def _adapt(run: Run, model: Any) -> Adapter:
     return attach(model, recipe.with_(sites=task_of(run).sites(recipe.sites, model)))
 
 
-def _step(run: Run, length: int, dtype: str) -> Footprint:
-    build = partial(skeleton, run, _config(run), getattr(torch, dtype))
-    return footprint(build, partial(_adapt, run), partial(_batch, run, length), run.accumulate > 1)
+def _step(run: Run, length: int, dtype: str, uniform: bool) -> Footprint:
+    build, batch = partial(skeleton, run, _config(run), getattr(torch, dtype)), partial(_batch, run, length)
+    full = not run.pack and (run.batch == 1 or uniform)
+    with as_if_real():
+        return footprint(build, partial(_adapt, run), batch, accumulate=run.accumulate > 1, full=full)
 
 
 # -- what would make it fit -------------------------------------------------------------------
@@ -246,7 +249,7 @@ def _mildest(made: Plan, options: Sequence[dict[str, Any]]) -> Remedy | None:
     at = high - 1
     while low < high:
         changes = options[at]
-        step = _step(replace(made.run, **changes), changes.get("max_length", made.length), made.dtype)
+        step = _step(replace(made.run, **changes), changes.get("max_length", made.length), made.dtype, made.uniform)
         peak = sum(step.peak.values())
         if peak <= made.memory:
             best, high = Remedy(options[at], peak), at

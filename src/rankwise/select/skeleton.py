@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, masking_utils
 
 from rankwise.candidates import HEADS
 from rankwise.hf.run import Run
@@ -33,6 +36,13 @@ def skeleton(run: Run, config: Any, dtype: torch.dtype) -> nn.Module:
     return settle(run, model)
 
 
+@contextmanager
+def as_if_real() -> Iterator[None]:
+    """Let transformers look at a fake attention mask, as at a real one, before it builds one of its own."""
+    with patch.object(masking_utils, "is_tracing", lambda *_: False, create=True):
+        yield
+
+
 def kind_of_model(run: Run) -> Any:
     """The class of transformers that loads the run's model."""
     return AutoModelForSequenceClassification if run.task == SequenceClassification.name else AutoModelForCausalLM
@@ -49,22 +59,23 @@ def settle(run: Run, model: Any) -> Any:
 def _quantised(linear: nn.Linear, base: str, dtype: torch.dtype) -> nn.Module:
     """The layer of bitsandbytes that takes this one's place; its weight is a plain parameter."""
     import bitsandbytes as bnb
+    from bitsandbytes import functional
 
     sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
     made: Any
     with unset_fake_temporarily():  # bitsandbytes' parameters are a subclass, as fakes are, and its tables have values
-        bnb.functional.quantize_4bit(torch.zeros(64), compress_statistics=True)
+        functional.quantize_4bit(torch.zeros(64), compress_statistics=True)
         with torch.device("meta"):
             if base == "nf4":
                 made = bnb.nn.Linear4bit(*sizes, bias, dtype, compress_statistics=True, quant_type="nf4")
             else:
                 made = bnb.nn.Linear8bitLt(*sizes, bias, has_fp16_weights=False)
     if base == "nf4":
-        data, state = bnb.functional.quantize_4bit(linear.weight.data, compress_statistics=True, quant_type="nf4")
+        data, state = functional.quantize_4bit(linear.weight.data, compress_statistics=True, quant_type="nf4")
         facts = {"quant_state": state}
         made.quant_state = state
     else:
-        data, scale, _ = bnb.functional.int8_vectorwise_quant(linear.weight.data.half())
+        data, scale, _ = functional.int8_vectorwise_quant(linear.weight.data.half())
         facts = {"CB": data, "SCB": scale}
     del made.weight, made.bias
     made.weight, made.bias = nn.Parameter(data, requires_grad=False), linear.bias
