@@ -32,8 +32,8 @@ from rankwise.hf.models import load_model
 from rankwise.hf.run import Run
 from rankwise.select.skeleton import kind_of_model
 
-WIDTH = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8}
-GROUPED = {**WIDTH, "num_key_value_heads": 4, "max_position_embeddings": 1024}
+WIDTH: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8}
+GROUPED: dict[str, Any] = {**WIDTH, "num_key_value_heads": 4, "max_position_embeddings": 1024}
 MODELS: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(vocab_size=4096, **GROUPED),
     "qwen3, tied": lambda: transformers.Qwen3Config(vocab_size=16384, head_dim=32, tie_word_embeddings=True, **GROUPED),
@@ -64,8 +64,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        more = [name if value is True else f"{name} {value}" for name, value in self.settings.items()]
-        return ", ".join([self.model, self.method, f"{self.batch} x {self.length}", self.dtype, *more])
+        more = ", ".join(name if value is True else f"{name} {value}" for name, value in self.settings.items())
+        plain = more.translate(str.maketrans("", "", "[]{}'"))
+        return ", ".join([self.model, self.method, f"{self.batch} x {self.length}", self.dtype, *filter(None, [plain])])
 
     def run(self, folder: str) -> dict[str, Any]:
         """The settings of the run."""
@@ -97,6 +98,7 @@ CELLS = [
     Cell("gpt2", "pissa", 2, 256, "bfloat16", CHECKPOINTED),
     Cell("mixtral", "lora", 4, 128),
     Cell("mixtral", "lora", 2, 256, "bfloat16", CHECKPOINTED),
+    Cell("mixtral", "lora", 4, 128, settings={"target": ["*.experts.*"]}),
 ]
 
 
@@ -135,7 +137,9 @@ def measured(cell: Cell, folder: str) -> int:
             collate = Collator(SimpleNamespace(pad_token_id=0, eos_token_id=0), packed=run.pack)
             rows = _rows(run)
             rw.hf.Trainer(model, arguments, train_dataset=rows, data_collator=collate).train()
-    sizes = (event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]")
+    profiled: Any = seen.profiler
+    events = sorted(profiled.kineto_results.events(), key=lambda event: event.start_ns())
+    sizes = (event.nbytes() for event in events if event.name() == "[memory]")
     return there + max(itertools.accumulate(sizes))
 
 

@@ -103,5 +103,9 @@ class DoesNotFit(RankwiseError, MemoryError):
     """A run that takes more memory than there is."""
 
 
+class PlanError(RankwiseError, ValueError):
+    """A model that does not run on tensors without values, so that its steps cannot be planned."""
+
+
 class MissingDependency(RankwiseError, ImportError, ValueError):
     """An optional library that a feature needs and that is not installed."""

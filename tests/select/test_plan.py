@@ -10,7 +10,7 @@ from benchmarks.plan_cells import CELLS, folder_of, measured, planned
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import rankwise as rw
-from rankwise.errors import DataError, DoesNotFit, UnknownName
+from rankwise.errors import DataError, DoesNotFit, ModelFileError, PlanError, UnknownName
 from rankwise.select import DEVICES, Device
 from rankwise.select.devices import device_of, size_of
 
@@ -115,6 +115,22 @@ def test_a_lower_rank_or_a_quantised_base_can_be_the_remedy(tiny):
     settings = {**SMALL, "batch": 1, "max_length": 8, "rank": 16, "checkpointing": True}
     made = rw.plan(tiny, **settings, memory=rw.plan(tiny, **settings).peak - 1)
     assert {"base", "rank"} <= {name for r in made.remedies for name in r.changes}
+
+
+def test_a_model_that_asks_for_values_cannot_be_planned(tiny, monkeypatch):
+    def asking(self, x):
+        return x * float(x.sum())
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", asking)
+    with pytest.raises(PlanError, match="without values"):
+        rw.plan(tiny, **SMALL)
+
+
+def test_bad_settings_are_told(tiny):
+    with pytest.raises(DataError, match="dtype"):
+        rw.plan(tiny, **{**SMALL, "dtype": "float31"})
+    with pytest.raises(ModelFileError):
+        rw.plan("nowhere", **SMALL)
 
 
 # -- data, devices, sizes ---------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.cli import common
+from rankwise.errors import PlanError
 from rankwise.hf.finetune import Listener, Prepared, Result
 
 
@@ -29,10 +30,13 @@ class Display(Listener):
         from rankwise.select import of_run
 
         self.doing("planning a step")
-        made = of_run(run, train)
-        if not self.any_size:
-            made.check()
-        print(made, file=sys.stderr)
+        try:
+            made = of_run(run, train)
+            if not self.any_size:
+                made.check()
+            print(made, file=sys.stderr)
+        except PlanError as error:
+            print(error, file=sys.stderr)
 
     def planned(self, prepared: Prepared) -> None:
         print(plan(prepared)[1], file=sys.stderr)

@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, final
 
 import torch
 
 from rankwise.attachment import Adapter, attach
-from rankwise.errors import DoesNotFit
+from rankwise.errors import DataError, DoesNotFit, PlanError, RankwiseError
 from rankwise.hf.finetune import recipe_of, task_of
 from rankwise.hf.models import config_of, load_model
 from rankwise.hf.run import Run
@@ -146,6 +147,7 @@ def plan(
 
     Raises:
         RankwiseError: whatever is wrong with the model, the data, the device or the settings.
+        PlanError: the model does not run on tensors without values.
         DoesNotFit: the probe cannot be run.
 
     Examples:
@@ -177,6 +179,8 @@ def of_run(run: Run, examples: Any = None, device: str | Device = HERE, memory: 
     gpu = torch.cuda.is_available() if device == HERE else True
     own = str(_config(run).dtype or torch.float32).removeprefix("torch.")
     dtype = {"auto": "bfloat16" if gpu else "float32", "stored": own}.get(run.dtype, run.dtype)
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise DataError(f"dtype is auto, stored or a dtype of torch, such as bfloat16; found {dtype!r}.")
     length, uniform = max(lengths), examples is not None and len(lengths) == 1
     made = Plan(run, length, uniform, dtype, chosen, limit, _step(run, length, dtype, uniform))
     return made if made.fits else replace(made, remedies=tuple(_remedies(made)))
@@ -205,10 +209,19 @@ def _adapt(run: Run, model: Any) -> Adapter:
 
 
 def _step(run: Run, length: int, dtype: str, uniform: bool) -> Footprint:
-    build, batch = partial(skeleton, run, _config(run), getattr(torch, dtype)), partial(_batch, run, length)
     full = not run.pack and (run.batch == 1 or uniform)
-    with as_if_real():
-        return footprint(build, partial(_adapt, run), batch, accumulate=run.accumulate > 1, full=full)
+    build, batch = partial(skeleton, run, _config(run), getattr(torch, dtype)), partial(_batch, run, length)
+    try:
+        with as_if_real():
+            return footprint(build, partial(_adapt, run), batch, accumulate=run.accumulate > 1, full=full)
+    except RankwiseError:
+        raise
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:  # code of the model's own
+        reason = str(error).strip().split("\n")[0]
+        raise PlanError(
+            f"A plan runs a step of {run.model} on tensors without values; found {type(error).__name__}: {reason}. "
+            f"Measure a first step instead: rankwise finetune --steps 1."
+        ) from error
 
 
 # -- what would make it fit -------------------------------------------------------------------
@@ -225,7 +238,7 @@ def _changes(made: Plan) -> Iterator[list[dict[str, Any]]]:
         yield [{"checkpointing": True}]
     yield [{"batch": b, "accumulate": run.accumulate * -(-run.batch // b)} for b in _halves(run.batch, 1)]
     yield [{"max_length": t} for t in _halves(made.length, 64)]
-    if run.base is None:
+    if run.base is None and find_spec("bitsandbytes"):
         yield [{"base": "int8"}, {"base": "nf4"}]
     if rank := _rank(recipe_of(run).structure):
         yield [{"rank": r} for r in _halves(rank, 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, masking_utils
 
 from rankwise.candidates import HEADS
+from rankwise.errors import MissingDependency
 from rankwise.hf.run import Run
 from rankwise.hf.tasks import SequenceClassification
 
@@ -58,6 +60,8 @@ def settle(run: Run, model: Any) -> Any:
 
 def _quantised(linear: nn.Linear, base: str, dtype: torch.dtype) -> nn.Module:
     """The layer of bitsandbytes that takes this one's place; its weight is a plain parameter."""
+    if find_spec("bitsandbytes") is None:
+        raise MissingDependency(f"A base in {base} needs bitsandbytes: pip install 'rankwise[quant]'.")
     import bitsandbytes as bnb
     from bitsandbytes import functional
 
