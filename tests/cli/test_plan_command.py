@@ -22,6 +22,13 @@ def test_a_plan_in_words_exits_3_where_it_does_not_fit(rankwise, tiny):
     assert "does not fit" in done.out and "makes it fit: batch=" in done.out
 
 
+@pytest.mark.parametrize("more", [("mood.csv", "--task", "classification"), ("text.txt", "pack=true")])
+def test_the_data_are_read_as_finetune_reads_them(rankwise, tiny, files, more):
+    done = rankwise("plan", tiny, files / more[0], *more[1:], "--max-length", 32, "--device", "l4", "--json")
+    assert done.code == 0, done.err
+    assert done.json["length"] <= 32 and (done.json["logits"] == 2 * 2 * 8) == ("--task" in more)
+
+
 @pytest.fixture
 def poor(monkeypatch):
     """A machine with 64 KiB left."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -81,7 +82,7 @@ class Plan:
 
     @cached_property
     def seconds(self) -> float:
-        """The least that a step can take on the device: a bound from its roofline, not a prediction."""
+        """What a step takes by the device's roofline: what its figures would allow, not a forecast."""
         return self.device.seconds(self.step.work)
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,23 +96,23 @@ class Plan:
             "adapter_file": step.file,
             "flops": sum(flops * count for (flops, _, _), count in work),
             "bytes_moved": sum(moved * count for (_, moved, _), count in work),
-            "seconds_at_least": self.seconds, "seconds_measured": self.measured,
+            "seconds_roofline": self.seconds, "seconds_measured": self.measured,
             "batch": self.run.batch, "length": self.length, "dtype": self.dtype, "base": self.run.base,
             "remedies": [{"changes": r.changes, "peak": r.peak} for r in self.remedies],
         }  # fmt: skip
 
     def __str__(self) -> str:
-        largest = max(self.step.peak, key=lambda kind: self.step.peak[kind])
-        verdict = "fits" if self.fits else "does not fit"
-        lines = [
-            f"plan: a batch of {self.run.batch} x {self.length} tokens in {self.dtype} {verdict}: "
-            f"{in_words(self.peak)} of {in_words(self.memory)} ({largest} {in_words(self.step.peak[largest])})"
-        ]
+        size, most = max((size, kind) for kind, size in self.step.peak.items())
+        said = (
+            f"plan: a batch of {self.run.batch} x {self.length} tokens in {self.dtype} "
+            f"{'fits' if self.fits else 'does not fit'}: {in_words(self.peak)} of {in_words(self.memory)} "
+            f"({most} {in_words(size)})"
+        )
+        if self.fits:
+            return said
         if self.remedies:
-            lines.append(f"one of these changes makes it fit: {'; '.join(map(str, self.remedies))}")
-        elif not self.fits:
-            lines.append("no single change makes it fit: take a smaller model, more memory, or two changes at once")
-        return "\n".join(lines)
+            return f"{said}\none of these changes makes it fit: {'; '.join(map(str, self.remedies))}"
+        return f"{said}\nno single change makes it fit: take a smaller model, more memory, or two changes at once"
 
     def check(self) -> None:
         """Refuse a run that does not fit.
@@ -250,28 +251,18 @@ def _rank(structure: Any) -> int | None:
 
 
 def _remedies(made: Plan) -> Iterator[Remedy]:
+    """Of each kind the mildest change that fits; where the strongest does not, none does."""
     for options in _changes(made):
-        found = _mildest(made, options)
-        if found is not None:
-            yield found
+        tried: dict[int, Remedy] = {}
 
+        def fits(i: int, options: Any = options, tried: Any = tried) -> bool:
+            run, length = replace(made.run, **options[i]), options[i].get("max_length", made.length)
+            peak = sum(_step(run, length, made.dtype, made.uniform).peak.values())
+            tried[i] = Remedy(options[i], peak)
+            return peak <= made.memory
 
-def _mildest(made: Plan, options: Sequence[dict[str, Any]]) -> Remedy | None:
-    """The first of the options that fits; where the last one does not, none does."""
-    best, low, high = None, 0, len(options)
-    at = high - 1
-    while low < high:
-        changes = options[at]
-        step = _step(replace(made.run, **changes), changes.get("max_length", made.length), made.dtype, made.uniform)
-        peak = sum(step.peak.values())
-        if peak <= made.memory:
-            best, high = Remedy(options[at], peak), at
-        elif at == len(options) - 1:
-            return None
-        else:
-            low = at + 1
-        at = (low + high) // 2
-    return best
+        if options and fits(len(options) - 1):
+            yield tried[bisect_left(range(len(options) - 1), True, key=fits)]
 
 
 # -- three real steps -------------------------------------------------------------------------
