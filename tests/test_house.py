@@ -45,7 +45,7 @@ PROTOCOLS = {
     "rankwise.solvers.solver",
     "rankwise.ranks.ranks",
 }
-MAX_CODE_LINES = 6000
+MAX_CODE_LINES = 6530
 MAX_FILE_LINES = 400
 
 

@@ -10,11 +10,6 @@ from rankwise.errors import DataError
 
 DATA = "The training data, whose longest row decides the length; then changes to the run."
 DEVICE = 'A name such as l4, a100-80gb or h100; "here" is measured. (default: here)'
-ROWS = {
-    "weights": "weights of the base", "factors": "factors", "optimizer": "state of the optimizer",
-    "gradients": "gradients", "activations": "activations, from the forward pass",
-    "temporaries": "temporaries of backward pass and update",
-}  # fmt: skip
 
 
 def plan(
@@ -65,7 +60,7 @@ def tables(made: Any) -> tuple[Any, ...]:
 
     found = made.to_dict()
     words = {name: in_words(size) for name, size in found.items() if isinstance(size, int)}
-    rows = [(ROWS[kind], in_words(size)) for kind, size in found["at_peak"].items()]
+    rows = [(kind, in_words(size)) for kind, size in found["at_peak"].items()]
     probed = f", measured {made.measured:.3g} s" if made.measured else ""
     return (
         common.table(("at the peak of a step", "bytes"), [*rows, ("together", words["peak"])]),
