@@ -152,7 +152,7 @@ def compare(case: Case, rounds: int) -> dict[str, Any]:
         "peak_ratio": peak["chunked"] / peak["whole"],
         "loss_error": errors.pop("loss"),
         "gradient_error": max(errors.values()),
-        "time_ratio": ratio(seen.cpu, "chunked", "whole"),
+        "time_ratio": ratio(seen.cpu["chunked"], seen.cpu["whole"]),
     }
 
 
@@ -172,7 +172,7 @@ def run(*, quick: bool = False) -> None:
             flush=True,
         )
     name = "loss_memory_quick" if quick else "loss_memory"
-    versions = conditions("torch", "transformers", "rankwise")
+    versions = conditions("cpu")
     print(f"written to {write(name, {'benchmark': 'loss_memory', **versions, 'cases': cases})}")
 
 

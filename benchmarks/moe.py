@@ -5,6 +5,7 @@ The dense way forms W + dW of every expert at every forward, as a bare parameter
 is timed. The floor is the frozen model alone, with a gradient to its input.
 """
 
+import argparse
 import copy
 import statistics
 from dataclasses import asdict, dataclass
@@ -16,8 +17,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import rankwise as rw
-from benchmarks.paired import conditions, measure, ratio, write
-from benchmarks.step_time import stepper
+from benchmarks.models import stepper
+from benchmarks.paired import conditions, fixed_allocator, measure, ratio, write
 
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -97,7 +98,8 @@ def compare(case: Case, rounds: int) -> dict[str, Any]:
     embeds = torch.randn(*shape, case.hidden, dtype=getattr(torch, case.dtype)) * 0.02
     labels = torch.randint(case.vocabulary, shape)
     models = {"floor": base, "ours": with_rankwise(base, case, False), "dense": with_rankwise(base, case, True)}
-    steps = {name: stepper(model, embeds, labels) for name, model in models.items()}
+    given = {"inputs_embeds": embeds, "labels": labels}
+    steps = {name: stepper(model, given) for name, model in models.items()}
     tolerance = 1e-4 if case.dtype == "float32" else 5e-2
     torch.testing.assert_close(steps["ours"](), steps["dense"](), rtol=tolerance, atol=0)
 
@@ -108,9 +110,9 @@ def compare(case: Case, rounds: int) -> dict[str, Any]:
         "cpu_ms": {name: 1e3 * statistics.median(times) for name, times in seen.cpu.items()},
         "wall_ms": {name: 1e3 * statistics.median(times) for name, times in seen.wall.items()},
         "minor_faults": {name: statistics.median(n) for name, n in seen.faults.items()},
-        "ours_over_dense": ratio(seen.cpu, "ours", "dense"),
-        "ours_over_floor": ratio(seen.cpu, "ours", "floor"),
-        "dense_over_floor": ratio(seen.cpu, "dense", "floor"),
+        "ours_over_dense": ratio(seen.cpu["ours"], seen.cpu["dense"]),
+        "ours_over_floor": ratio(seen.cpu["ours"], seen.cpu["floor"]),
+        "dense_over_floor": ratio(seen.cpu["dense"], seen.cpu["floor"]),
     }
 
 
@@ -128,6 +130,13 @@ def run(*, quick: bool = False) -> None:
             f"{case.implementation}, {case.dtype}: step of ours / dense {r['value']:.3f} [{r['low']:.3f}, "
             f"{r['high']:.3f}]; over the frozen model's {ours['value']:.2f} and {dense['value']:.2f}"
         )
-    versions = conditions("torch", "transformers", "rankwise")
+    versions = conditions("cpu")
     path = write("moe_quick" if quick else "moe", {"benchmark": "moe", **versions, "cases": cases})
     print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="benchmarks.moe", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one case, few rounds")
+    fixed_allocator()
+    run(quick=parser.parse_args().quick)

@@ -4,6 +4,7 @@ Machines drift; a ratio inside one round drifts much less than a time. CPU time 
 beside wall time, and minor page faults with it, since the allocator alone can decide a comparison.
 """
 
+import json
 import os
 import platform
 import random
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -111,6 +113,14 @@ def fixed_allocator() -> None:
     """Start the process again with malloc's thresholds fixed: glibc reads them once, at its start."""
     if any(os.environ.get(key) != value for key, value in ALLOCATOR.items()):
         os.execve(sys.executable, [*sys.orig_argv], {**os.environ, **ALLOCATOR})
+
+
+def write(name: str, result: Mapping[str, object]) -> Path:
+    """Store a result as benchmarks/results/NAME.json."""
+    path = Path(__file__).parent / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
 
 
 def conditions(device: str) -> dict[str, object]:

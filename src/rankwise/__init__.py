@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from rankwise.lifecycle import merge, merged
     from rankwise.losses import linear_cross_entropy
     from rankwise.methods import catalogue, recipe
+    from rankwise.select import plan
     from rankwise.sites import Sites, Target
 
 __all__ = [
     "Adapter", "Recipe", "Sites", "Target", "__version__", "adapters", "attach", "catalogue", "disabled", "errors",
-    "export", "linear_cross_entropy", "load", "merge", "merged", "recipe", "recipes", "route", "set_active", "targets",
+    "export", "linear_cross_entropy", "load", "merge", "merged", "plan", "recipe", "recipes", "route", "set_active",
+    "targets",
 ]  # fmt: skip
 
 _HOMES = {
@@ -30,6 +32,7 @@ _HOMES = {
     "formats": ("export",),
     "lifecycle": ("merge", "merged"),
     "losses": ("linear_cross_entropy",),
+    "select": ("plan",),
     "sites": ("Sites", "Target"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -99,5 +99,13 @@ class TrainingError(RankwiseError, ValueError):
     """Training that cannot go on: a loss that is NaN, a site that gets no gradient."""
 
 
+class DoesNotFit(RankwiseError, MemoryError):
+    """A run that takes more memory than there is."""
+
+
+class PlanError(RankwiseError, ValueError):
+    """A model that does not run on tensors without values, so that its steps cannot be planned."""
+
+
 class MissingDependency(RankwiseError, ImportError, ValueError):
     """An optional library that a feature needs and that is not installed."""

@@ -12,9 +12,9 @@ import warnings
 from importlib import import_module
 from typing import Any
 
-from rankwise.errors import RankwiseError
+from rankwise.errors import DoesNotFit, RankwiseError
 
-COMMANDS = ("finetune", "evaluate", "generate", "data", "methods", "targets", "merge", "convert", "inspect")
+COMMANDS = ("plan", "finetune", "evaluate", "generate", "data", "methods", "targets", "merge", "convert", "inspect")
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -55,7 +55,7 @@ def main() -> None:
             raise
         _fail(f"The command line needs {error.name}: pip install 'rankwise[cli]'.", 2)
     except RankwiseError as error:
-        _fail(str(error), 2)
+        _fail(str(error), 3 if isinstance(error, DoesNotFit) else 2)
     except KeyboardInterrupt:
         _fail("Interrupted; finetune --resume goes on from the last checkpoint.", 130)
     except (MemoryError, RuntimeError) as error:

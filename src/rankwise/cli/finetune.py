@@ -19,6 +19,7 @@ def finetune(
     resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: common.Overwrite = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be trained; stop.")] = False,
+    any_size: Annotated[bool, Option("--any-size", help="Start even where the plan says it does not fit.")] = False,
     as_json: common.Json = False,
     **given: Any,
 ) -> None:
@@ -35,7 +36,7 @@ def finetune(
 
     changes = common.only(given) | common.pairs(text for text in rest or () if "=" in text)
     run = _run(model, [text for text in rest or () if "=" not in text], changes, dry_run)
-    display = progress.Display()
+    display = progress.Display(any_size)
     if dry_run:
         common.show(as_json, *progress.plan(finetune.prepare(run, listener=display)))
         return

@@ -7,18 +7,36 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.cli import common
+from rankwise.errors import PlanError
 from rankwise.hf.finetune import Listener, Prepared, Result
 
 
 class Display(Listener):
-    """Stages, the plan and a progress bar on stderr; the bar is a line now and then where that is no terminal."""
+    """Stages, the plan and a progress bar on stderr; the bar is a line now and then where that is no terminal.
 
-    def __init__(self) -> None:
+    Args:
+        any_size: go on where the plan says that the run does not fit.
+    """
+
+    def __init__(self, any_size: bool = False) -> None:
+        self.any_size = any_size
         self.first = self.begin = self.tokens = self.said = 0.0
         self.held = ""
 
     def doing(self, what: str) -> None:
         print(f"{what} ...", file=sys.stderr)
+
+    def read(self, run: Any, train: Any) -> None:
+        from rankwise.select import of_run
+
+        self.doing("planning a step")
+        try:
+            made = of_run(run, train)
+            if not self.any_size:
+                made.check()
+            print(made, file=sys.stderr)
+        except PlanError as error:
+            print(error, file=sys.stderr)
 
     def planned(self, prepared: Prepared) -> None:
         print(plan(prepared)[1], file=sys.stderr)

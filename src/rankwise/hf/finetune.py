@@ -43,6 +43,9 @@ class Listener(TrainerCallback):
     def doing(self, what: str) -> None:
         """A stage begins: "loading the model", "measuring before training"."""
 
+    def read(self, run: Run, train: Any) -> None:
+        """The data are read; the model comes next."""
+
     def planned(self, prepared: Prepared) -> None:
         """All is loaded; the first step comes next."""
 
@@ -125,6 +128,7 @@ def prepare(run: Run, task: Task | None = None, listener: Listener = QUIET) -> P
     elif run.validation:
         train, held = task.split(train, run.validation, run.seed)
     own = task.examples(run.base_text, processor) if run.base_text else None
+    listener.read(run, train)
     listener.doing("loading the model")
     set_seed(run.seed)
     model = task.model(run.model, train, processor, base=recipe.base, dtype=run.dtype)

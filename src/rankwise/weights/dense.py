@@ -24,7 +24,7 @@ class DenseWeight(Weight):
         if weight is None or not weight.is_floating_point():
             return False
         kind = type(weight.data)  # not isinstance: quantised formats are tensor subclasses that say float
-        return kind in (nn.Parameter, Tensor) or kind.__name__ == "DTensor"
+        return kind in (nn.Parameter, Tensor) or kind.__name__ in ("DTensor", "FakeTensor")  # fake: of a plan
 
     @cached_property
     def _zeros(self) -> Tensor:
