@@ -10,24 +10,9 @@ from rankwise.errors import DataError
 
 DATA = "The training data, whose longest row decides the length; then changes to the run."
 DEVICE = 'A name such as l4, a100-80gb or h100; "here" is measured. (default: here)'
-OPTIONS = """method structure init solver ranks rank options target task base batch max_length accumulate checkpointing
-pack dtype""".split()
-    "method",
-    "structure",
-    "init",
-    "solver",
-    "ranks",
-    "rank",
-    "options",
-    "target",
-    "task",
-    "base",
-    "batch",
-    "max_length",
-    "accumulate",
-    "checkpointing",
-    "pack",
-    "dtype",
+OPTIONS = (
+    *("method", "structure", "init", "solver", "ranks", "rank", "options", "target", "task", "base"),
+    *("batch", "max_length", "accumulate", "checkpointing", "pack", "dtype"),
 )
 
 
