@@ -77,7 +77,8 @@ class Adapters(nn.Module):
 
     def active(self, names: tuple[str, ...], slot: str) -> list[SiteFactors]:
         """The factors of the named adapters at a slot, in order."""
-        return [f for name in names if (f := self.get(name, slot)) is not None]
+        found = (self.get(name, slot) for name in names)
+        return [f for f in found if f is not None]  # Dynamo reads no name bound inside a comprehension
 
     def choice(self) -> Choice:
         """The choice that governs the forward about to run."""
