@@ -1,1 +1,1 @@
-"""Measurements of rankwise against other tools: ``python -m benchmarks [NAME]``."""
+"""Measurements of rankwise against other tools: ``python -m benchmarks``, see ``--help``."""
