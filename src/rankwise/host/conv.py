@@ -94,6 +94,9 @@ class ConvHost(LayerHost):
             y = _CONV[len(ones)](h, left.reshape(*left.shape, *ones), groups=groups * folds)
         return y.reshape(folds, rows, *y.shape[2:]) if batched else y
 
+    def fused(self, op: LinearOperator, x: Tensor) -> Tensor | None:
+        return None
+
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         w = self.weight()
         return self.mv(Dense(op.T.mv(w.to(torch.promote_types(w.dtype, torch.float32)))), x)

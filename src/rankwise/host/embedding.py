@@ -61,6 +61,9 @@ class EmbeddingHost(LayerHost):
             table[pad] = self.module.weight[pad]
         return table
 
+    def fused(self, op: LinearOperator, x: Tensor) -> Tensor | None:
+        return None
+
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         w = self.weight()
         return self.mv(Dense(op.T.mv(w.to(torch.promote_types(w.dtype, torch.float32)))), x)

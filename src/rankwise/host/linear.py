@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from rankwise.host.site import LayerHost, Site, flat_tokens
 from rankwise.ops import LinearOperator
+from rankwise.ops.fused import corrected
+from rankwise.weights import DenseWeight
 
 
 def scale_last(y: Tensor, scale: Tensor) -> Tensor:
@@ -27,6 +29,19 @@ class _MatrixHost(LayerHost):
 
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         return self(op.mv(flat_tokens(x)).reshape(x.shape))
+
+    def fused(self, op: LinearOperator, x: Tensor) -> Tensor | None:
+        if torch.compiler.is_compiling() or not isinstance(self.storage, DenseWeight):  # a compiler fuses by itself
+            return None
+        weight, pair = self.module.weight, op.lower()
+        if pair is None or pair.left.shape[-1] * sum(op.shape) >= op.shape[0] * op.shape[1]:
+            return None
+        batched = pair.right.dim() == 3
+        if x.dtype != weight.dtype or hasattr(weight, "full_tensor") or batched and x.dim() != 3:
+            return None
+        if torch.is_autocast_enabled(x.device.type) or torch._C._are_functorch_transforms_active():
+            return None
+        return corrected(x, self.matrix(weight), pair, self.dropout)
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
         bias = self.module.bias

@@ -70,6 +70,9 @@ class TransposedHost(Host):
     def weight(self) -> Tensor:
         return self.head.weight().mT
 
+    def fused(self, op: LinearOperator, x: Tensor) -> Tensor | None:
+        return None
+
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         # (W R)^T = R^T W^T: the rotation of the embedding's input acts on the head's output
         return op.T.mv(self.head(x))

@@ -85,6 +85,16 @@ class Host(ABC):
     def weight(self) -> Tensor:
         """The frozen weight as a matrix (out, in); may dequantise: ask rarely."""
 
+    @abstractmethod
+    def fused(self, op: LinearOperator, x: Tensor) -> Tensor | None:
+        """``self(x) + self.mv(op, self.drop(x))`` in one pass, None where this layer or operator has none."""
+
+    @final
+    def plus(self, op: LinearOperator, x: Tensor) -> Tensor:
+        """The map of ``W + op``, with adapter dropout before ``op``."""
+        y = self.fused(op, x)
+        return self(x) + self.mv(op, self.drop(x)) if y is None else y
+
     @final
     def drop(self, x: Tensor) -> Tensor:
         """Adapter dropout, while training; indices of an embedding pass, their rows are dropped."""
@@ -171,6 +181,10 @@ class Through(Host):
     def __init__(self, host: Host, dropout: float = 0.0) -> None:
         super().__init__(host.module, dropout)
         self.host = host
+
+    @final
+    def fused(self, op: LinearOperator, x: Tensor) -> Tensor | None:
+        return None
 
     @final
     def mv(self, op: LinearOperator, x: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class Added(Structure):
 
     @final
     def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
-        return host(x) + host.mv(self.delta(f), host.drop(x))
+        return host.plus(self.delta(f), x)
 
     @final
     def weight(self, f: Factors, w: Tensor) -> Tensor:
