@@ -27,7 +27,7 @@ LEVELS = [
     {"weights"},
     {"host"},
     {"structures"},
-    {"activity", "sites", "adapter", "experts", "graft", "candidates", "placement", "model_state", "losses", "stats"},
+    {"activity", "sites", "adapter", "siblings", "experts", "graft", "candidates", "placement", "model_state", "losses", "stats"},
     {"inits", "solvers", "ranks"},
     {"_recipe", "recipes", "registry", "methods", "io", "attachment"},
     {"lifecycle", "serve", "lab", "formats", "embedded"},

@@ -62,6 +62,7 @@ class Adapters(nn.Module):
         super().__init__()
         self.registry = registry
         self.record = Record()
+        self.siblings: Any = None  # rankwise.siblings.Siblings: the layers that read what this one reads
 
     def put(self, name: str, slot: str, factors: SiteFactors) -> None:
         """Add one adapter's factors."""

@@ -18,6 +18,7 @@ from rankwise.adapter import Adapters, Placement, Registry, SiteFactors
 from rankwise.candidates import base_modules
 from rankwise.errors import AttachError, UnknownName
 from rankwise.graft import Grafted, put, remove
+from rankwise.siblings import introduce
 from rankwise.host import Site, host_of
 from rankwise.model_state import check_model, fast_paths, freeze_base, hide_from_checkpoints, untied
 from rankwise.placement import TargetReport, report, resolve
@@ -108,6 +109,7 @@ class Adapter(Mapping[str, dict[str, Tensor]]):
         for placement in self.placements:
             for path, _, _ in placement.carriers:
                 remove(modules[path], self.name)
+        introduce(modules, self.placements)
         registry.adapters.pop(self.name, None)
         activity = registry.activity
         if isinstance(activity.choice, tuple):
@@ -214,6 +216,7 @@ def install(
             put(module, name, slot, factors, registry)
             if transposed:
                 module.__dict__["grafted_transposed"] = True
+    introduce(modules, placements)
     adapter = Adapter(name, model, recipe, placements, sites)
     registry.adapters[name] = adapter
     hide_from_checkpoints(model)

@@ -85,8 +85,11 @@ def _layer_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
         kind = kind_of(self)
         assert kind is not None
         layer: LayerHost = kind(self, 0.0, *args, **kwargs)
-        host: Host = TransposedHost(layer) if "grafted_transposed" in self.__dict__ else layer
-        y = layer.finish(x, run_routed(holder, choice.rows, host, x) if routed else run_levels(levels, host, x))
+        y = None if holder.siblings is None else holder.siblings.output(self, choice, x)
+        if y is None:
+            host: Host = TransposedHost(layer) if "grafted_transposed" in self.__dict__ else layer
+            y = run_routed(holder, choice.rows, host, x) if routed else run_levels(levels, host, x)
+        y = layer.finish(x, y)
         holder.note(choice, y)
         return y
 

@@ -9,9 +9,10 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from rankwise.host.site import LayerHost, Site, flat_tokens
-from rankwise.ops import LinearOperator
-from rankwise.ops.fused import corrected
+from rankwise.host.norms import factored_row_norm
+from rankwise.host.site import Correction, LayerHost, Site, flat_tokens
+from rankwise.ops import LinearOperator, LowRank, Scaled
+from rankwise.ops.fused import Part
 from rankwise.weights import DenseWeight
 
 
@@ -19,6 +20,14 @@ def scale_last(y: Tensor, scale: Tensor) -> Tensor:
     """Scale the last dim of y (*batch, ..., M) by ``scale`` (*batch, M)."""
     shape = (*scale.shape[:-1], *(1,) * (y.dim() - scale.dim()), scale.shape[-1])
     return y * scale.to(y.dtype).reshape(shape)
+
+
+def low_rank(op: LinearOperator) -> tuple[LowRank | None, float]:
+    """The factors of an operator, and a scale that is not yet in them."""
+    scale = 1.0
+    while isinstance(op, Scaled):
+        op, scale = op.op, scale * op.scale
+    return op.lower(), scale
 
 
 class _MatrixHost(LayerHost):
@@ -30,18 +39,21 @@ class _MatrixHost(LayerHost):
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         return self(op.mv(flat_tokens(x)).reshape(x.shape))
 
-    def fused(self, op: LinearOperator, x: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling() or not isinstance(self.storage, DenseWeight):  # a compiler fuses by itself
+    def part(self, correction: Correction, x: Tensor) -> Part | None:
+        pair, scale = low_rank(correction.op)
+        weight = self.module.weight
+        if pair is None or torch._C._are_functorch_transforms_active():
             return None
-        weight, pair = self.module.weight, op.lower()
-        if pair is None or pair.left.shape[-1] * sum(op.shape) >= op.shape[0] * op.shape[1]:
+        same = x.dtype == self.dtype and x.device == weight.device and x.shape[-1] == correction.op.shape[1]
+        if not same or hasattr(weight, "full_tensor") or pair.right.dim() == 3 and x.dim() != 3:
             return None
-        batched = pair.right.dim() == 3
-        if x.dtype != weight.dtype or hasattr(weight, "full_tensor") or batched and x.dim() != 3:
+        if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype:
             return None
-        if torch.is_autocast_enabled(x.device.type) or torch._C._are_functorch_transforms_active():
-            return None
-        return corrected(x, self.matrix(weight), pair, self.dropout)
+        stored = self.matrix(weight) if isinstance(self.storage, DenseWeight) else self.storage
+        return Part(stored, pair.left, pair.right, scale, *correction[1:])
+
+    def row_norm(self, op: LinearOperator) -> Tensor:
+        return factored_row_norm(self.module.weight, self.weight(), op)
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
         bias = self.module.bias

@@ -11,8 +11,10 @@ from typing import final
 from torch import Tensor, nn
 
 from rankwise.host.linear import scale_last
-from rankwise.host.site import Host, Site, Stored
+from rankwise.host.norms import dense_row_norm
+from rankwise.host.site import Correction, Host, Site, Stored
 from rankwise.ops import LinearOperator
+from rankwise.ops.fused import Part
 from rankwise.weights import weight_of
 
 
@@ -70,8 +72,11 @@ class TransposedHost(Host):
     def weight(self) -> Tensor:
         return self.head.weight().mT
 
-    def fused(self, op: LinearOperator, x: Tensor) -> Tensor | None:
-        return None
+    def part(self, correction: Correction, x: Tensor) -> Part | None:
+        return None if correction.magnitude is not None else self.head.part(Correction(correction.op.T), x)
+
+    def row_norm(self, op: LinearOperator) -> Tensor:
+        return dense_row_norm(self.weight(), op)
 
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         # (W R)^T = R^T W^T: the rotation of the embedding's input acts on the head's output

@@ -9,12 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
+from rankwise.host.norms import dense_row_norm
 from rankwise.ops import Dense, LinearOperator
+from rankwise.ops.fused import Part
+from rankwise.ops.fused import run as fused
 from rankwise.weights import Weight, weight_of
 
 if TYPE_CHECKING:
@@ -59,6 +62,22 @@ def flat_tokens(x: Tensor) -> Tensor:
     return x if x.dim() in (2, 3) else x.flatten(1, -2)
 
 
+class Correction(NamedTuple):
+    """What is put on a weight W: ``m/n * (W + op)``, m/n scaling the rows where there is a magnitude.
+
+    Attributes:
+        op: the update (out, in).
+        magnitude: m (*batch, out), or None for no scale.
+        norm: n, the norms of the rows of W + op, constant in backward; infinite where they are zero.
+        recompute: for m's gradient make the layer's output again in backward, instead of saving it.
+    """
+
+    op: LinearOperator
+    magnitude: Tensor | None = None
+    norm: Tensor | None = None
+    recompute: bool = False
+
+
 class Host(ABC):
     """All that a structure may ask of its layer. One final subclass a layer kind.
 
@@ -86,14 +105,23 @@ class Host(ABC):
         """The frozen weight as a matrix (out, in); may dequantise: ask rarely."""
 
     @abstractmethod
-    def fused(self, op: LinearOperator, x: Tensor) -> Tensor | None:
-        """``self(x) + self.mv(op, self.drop(x))`` in one pass, None where this layer or operator has none."""
+    def part(self, correction: Correction, x: Tensor) -> Part | None:
+        """This layer and a correction as part of a fused node at x, None where there is no such form."""
+
+    @abstractmethod
+    def row_norm(self, op: LinearOperator) -> Tensor:
+        """Euclidean norms of the rows of ``W + op``, at least in float32: (*batch, out)."""
 
     @final
-    def plus(self, op: LinearOperator, x: Tensor) -> Tensor:
-        """The map of ``W + op``, with adapter dropout before ``op``."""
-        y = self.fused(op, x)
-        return self(x) + self.mv(op, self.drop(x)) if y is None else y
+    def plus(self, correction: Correction, x: Tensor) -> Tensor:
+        """The corrected map, with adapter dropout before the correction."""
+        part = self.part(correction, x)
+        if part is not None:
+            return fused(x, [part], self.dropout)[0]
+        op, magnitude, norm, _ = correction
+        if magnitude is None or norm is None:
+            return self(x) + self.mv(op, self.drop(x))
+        return self.scale_rows(magnitude / norm, lambda x: self(x) + self.mv(op, self.drop(x)), x)
 
     @final
     def drop(self, x: Tensor) -> Tensor:
@@ -183,8 +211,12 @@ class Through(Host):
         self.host = host
 
     @final
-    def fused(self, op: LinearOperator, x: Tensor) -> Tensor | None:
+    def part(self, correction: Correction, x: Tensor) -> Part | None:
         return None
+
+    @final
+    def row_norm(self, op: LinearOperator) -> Tensor:
+        return dense_row_norm(self.weight(), op)
 
     @final
     def mv(self, op: LinearOperator, x: Tensor) -> Tensor:

@@ -1,86 +1,197 @@
-"""A frozen product and its low-rank correction as one autograd node: ``x W^T + drop(x) right^T left^T``.
+"""Frozen products and their low-rank corrections as one autograd node, for all layers that read one tensor.
 
-Shapes: x (*batch, T, N), W (M, N); left (M, r) and right (r, N), or with one leading batch dim (B, M, r), (B, r, N)
-for x (B, T, N). x is saved once, as it came, so that layers that read one tensor keep one; the mask of dropout is
-made again from two small vectors, and factors of another dtype are cast again, never kept.
+Every part gives ``y = m/n * (x W^T + s drop(x) right^T left^T)``, the row scale m/n only where there is one (DoRA).
+Shapes: x (*batch, T, N), W (M, N), m and n (M,); left (M, r) and right (r, N), or with one leading batch dim
+(B, M, r), (B, r, N), (B, M) for x (B, T, N). x is saved once, as it came; the mask of dropout is made again from two
+small vectors; factors of another dtype are cast again and a quantised weight is dequantised again, never kept.
 """
 
-from typing import Any, final
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from rankwise.ops.operator import LowRank
+
+class Frozen(Protocol):
+    """A weight in a storage format of its own: its product, and itself on demand."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """``x W^T``."""
+        ...
+
+    def dense(self) -> Tensor:
+        """W (M, N)."""
+        ...
 
 
-def corrected(x: Tensor, weight: Tensor, pair: LowRank, dropout: float = 0.0) -> Tensor:
-    """``x W^T + drop(x) right^T left^T`` in x's dtype, differentiable twice.
+class Part(NamedTuple):
+    """One weight with its correction.
+
+    Attributes:
+        weight: W, a tensor or a frozen weight in another format.
+        left: (M, r).
+        right: (r, N).
+        scale: s.
+        magnitude: m, trainable and never zero, or None for no row scale.
+        norm: n, a constant; infinite where a row of W' is zero.
+        recompute: make the unscaled output again in backward, which m's gradient needs, instead of saving the output.
+    """
+
+    weight: Tensor | Frozen
+    left: Tensor
+    right: Tensor
+    scale: float = 1.0
+    magnitude: Tensor | None = None
+    norm: Tensor | None = None
+    recompute: bool = False
+
+
+def run(x: Tensor, parts: Sequence[Part], dropout: float = 0.0) -> tuple[Tensor, ...]:
+    """The output of every part, in x's dtype, differentiable twice.
 
     Args:
-        x: (*batch, T, N), of W's dtype.
-        weight: W (M, N).
-        pair: left (M, r) and right (r, N), or a batch of them.
-        dropout: share of x's entries that the correction does not see; the others are scaled up.
+        x: (*batch, T, N), of the weights' dtype.
+        parts: what reads x.
+        dropout: share of x's entries that the corrections do not see, the same for all; the others are scaled up.
 
     Returns:
-        (*batch, T, M).
+        (*batch, T, M) of each part.
     """
-    seeds: list[Tensor | None] = [None, None]
+    rows = cols = None
     if dropout:
         shapes = (*x.shape[:-1], 1), x.shape[-1:]
-        seeds = [torch.randint(-(2**31), 2**31, s, dtype=torch.int32, device=x.device) | 1 for s in shapes]
-    return _Corrected.apply(x, weight, pair.left, pair.right, dropout, *seeds)
+        rows, cols = (torch.randint(-(2**31), 2**31, s, dtype=torch.int32, device=x.device) | 1 for s in shapes)
+    tensors: list[Any] = []
+    fixed = []
+    for weight, left, right, scale, magnitude, norm, recompute in parts:
+        plain = isinstance(weight, Tensor)
+        tensors += [weight if plain else None, left, right, magnitude, norm]
+        fixed.append((None if plain else weight, scale / (1 - dropout), recompute))
+    return _Fused.apply((dropout, fixed), x, rows, cols, *tensors)
 
 
-def _seen(x: Tensor, keep: Tensor | None) -> Tensor:
-    return x if keep is None else torch.where(keep, x, 0)
+EACH = 5  # tensors of a part: weight, left, right, magnitude, norm
 
 
 def _keep(rows: Tensor | None, cols: Tensor | None, dropout: float) -> Tensor | None:
-    """Which entries the correction sees: where the wrap-around product of two odd integers is large enough."""
+    """Which entries the corrections see: where the wrap-around product of two odd integers is large enough."""
     return None if rows is None or cols is None else rows * cols > int(dropout * 2**32) - 2**31
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _cast(factor: Tensor, like: Tensor) -> Tensor:
+    return factor if factor.dtype is like.dtype else factor.to(like.dtype)
+
+
+def _stacked(factors: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Factors in another tensor's dtype, one below the other."""
+    cast = [_cast(f, like) for f in factors]
+    return cast[0] if len(cast) == 1 else torch.cat(cast, dim=-2)
+
+
+def _apart(h: Tensor, factors: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
+    """The inverse of stacking, along a dim of a product."""
+    return (h,) if len(factors) == 1 else torch.split_with_sizes(h, [f.shape[-2] for f in factors], dim)
+
+
+def _narrow(seen: Tensor, rights: Sequence[Tensor], fixed: Sequence[Any]) -> list[Tensor]:
+    """``s drop(x) right^T`` of every part."""
+    h = seen @ _stacked(rights, seen).mT
+    return [h if f[1] == 1 else h * f[1] for h, f in zip(_apart(h, rights, -1), fixed, strict=True)]
+
+
+def _product(x: Tensor, weight: Tensor | None, frozen: Frozen | None, onto: Tensor) -> Tensor:
+    """``onto + x W^T``, in place."""
+    if frozen is not None:
+        return onto.add_(frozen.matmul(x))
+    onto.view(-1, onto.shape[-1]).addmm_(_rows(x), weight.mT)
+    return onto
+
+
+def _scaled_rows(y: Tensor, magnitude: Tensor, norm: Tensor, out: Tensor | None = None) -> Tensor:
+    """y with its rows (entries of the last dim) scaled by m/n, into ``out`` if given."""
+    scale = _nonzero(magnitude) / norm
+    if y.dtype in (torch.bfloat16, torch.float16):  # m/n rounded to y's dtype would lose what m has learnt
+        return torch.addcmul(y, y, (scale - 1).to(y.dtype).unsqueeze(-2), out=out)
+    return torch.mul(y, scale.to(y.dtype).unsqueeze(-2), out=out)
+
+
+def _nonzero(magnitude: Tensor) -> Tensor:
+    """m, a zero as a tiny number: so its gradient can be read off the output."""
+    return magnitude.masked_fill(magnitude == 0, 1e-30)
+
+
+def _over_tokens(y: Tensor, like: Tensor) -> Tensor:
+    """The sum over all tokens: (*batch, T, M) to the shape of a magnitude."""
+    return (y.flatten(0, -2).sum(0) if like.dim() == 1 else y.sum(-2)).to(like.dtype)
+
+
 @final
-class _Corrected(Function):
+class _Fused(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        left: Tensor,
-        right: Tensor,
-        dropout: float,
-        rows: Tensor | None,
-        cols: Tensor | None,
-    ) -> Tensor:
-        h = _seen(x, _keep(rows, cols, dropout)) @ right.to(x.dtype).mT / (1 - dropout)
-        y = h @ left.to(x.dtype).mT  # the thin product first, then the large one accumulates on it
-        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.mT)
-        ctx.save_for_backward(x, weight, left, right, h, rows, cols)
-        ctx.dropout = dropout
-        return y
+    def forward(ctx: Any, how: Any, x: Tensor, rows: Any, cols: Any, *tensors: Any) -> tuple[Tensor, ...]:
+        dropout, fixed = how
+        keep = _keep(rows, cols, dropout)
+        narrow = _narrow(x if keep is None else torch.where(keep, x, 0), tensors[2::EACH], fixed)
+        outs, kept = [], []
+        for i, ((frozen, _, recompute), h) in enumerate(zip(fixed, narrow, strict=True)):
+            weight, left, _, magnitude, norm = tensors[EACH * i : EACH * i + EACH]
+            # the thin product first: the large one adds to it
+            y = _product(x, weight, frozen, h @ _cast(left, x).mT)
+            if magnitude is not None:
+                _scaled_rows(y, magnitude, norm, out=y)
+            outs.append(y)
+            kept.append(None if magnitude is None or recompute else y)
+        ctx.save_for_backward(x, rows, cols, *tensors, *kept, *narrow)
+        ctx.how = how
+        ctx.set_materialize_grads(False)
+        return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, left, right, h, rows, cols = ctx.saved_tensors
-        keep, scale, g = _keep(rows, cols, ctx.dropout), 1 / (1 - ctx.dropout), grads[0]
-        seen, a = _seen(x, keep), right.to(x.dtype)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (dropout, fixed), n = ctx.how, len(grads)
+        x, rows, cols, *rest = ctx.saved_tensors
+        tensors, outs, narrow = rest[: EACH * n], rest[EACH * n : EACH * n + n], rest[EACH * n + n :]
+        rights, keep = tensors[2::EACH], _keep(rows, cols, dropout)
+        seen = x if keep is None else torch.where(keep, x, 0)
         if torch.is_grad_enabled():  # a saved intermediate is a constant to a second backward
-            h = seen @ a.mT * scale
-        gh = g @ left.to(x.dtype) * scale
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = _seen(gh @ a, keep)
-            dx = dx.view(-1, dx.shape[-1]).addmm_(g.reshape(-1, g.shape[-1]), weight).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            dw = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
-        return dx, dw, _outer(g, h, left), _outer(gh, seen, right), None, None, None
-
-
-def _outer(g: Tensor, x: Tensor, like: Tensor) -> Tensor:
-    """The gradient of a factor, ``g^T x`` summed over tokens (and over a batch that the factor has not)."""
-    if like.dim() == 2:
-        g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-    return (g.mT @ x).to(like.dtype)
+            narrow = _narrow(seen, rights, fixed)
+        flat = _rows if rights[0].dim() == 2 else Tensor.contiguous
+        found: list[Tensor | None] = [None] * (4 + EACH * n)
+        needs = ctx.needs_input_grad
+        backs, wide = [], []
+        for i, (g, h) in enumerate(zip(grads, narrow, strict=True)):
+            frozen, scale, _ = fixed[i]
+            weight, left, _, magnitude, norm = tensors[EACH * i : EACH * i + EACH]
+            at = 4 + EACH * i
+            if g is None:
+                backs.append(torch.zeros_like(h))
+                continue
+            if magnitude is not None:
+                if outs[i] is None:
+                    y = _product(x, weight, frozen, h @ _cast(left, x).mT)
+                    found[at + 3] = _over_tokens(g * y, norm) / norm
+                else:  # the output is m/n times that
+                    found[at + 3] = _over_tokens(g * outs[i], norm) / _nonzero(magnitude)
+                g = _scaled_rows(g, magnitude, norm)
+            back = g @ _cast(left, g)
+            backs.append(back if scale == 1 else back * scale)
+            g = flat(g)
+            found[at + 1] = _cast(g.mT @ flat(h), left)
+            if needs[at]:
+                found[at] = _rows(g).mT @ _rows(x)
+            wide.append((_rows(g), weight, frozen))
+        back = backs[0] if n == 1 else torch.cat(backs, dim=-1)
+        if needs[1]:
+            dx = back @ _stacked(rights, back)
+            dx = found[1] = dx if keep is None else torch.where(keep, dx, 0)
+            for g, weight, frozen in wide:
+                dx.view(-1, dx.shape[-1]).addmm_(g, weight if frozen is None else frozen.dense().to(g.dtype))
+        for i, da in enumerate(_apart(flat(back).mT @ flat(seen), rights, -2)):
+            found[6 + EACH * i] = None if grads[i] is None else _cast(da, rights[i])
+        return tuple(found)

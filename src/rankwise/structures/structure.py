@@ -22,7 +22,7 @@ from typing import Protocol, TypeAlias, final
 from torch import Tensor
 
 from rankwise.errors import RankError
-from rankwise.host import Host, Site
+from rankwise.host import Correction, Host, Site
 from rankwise.ops import Dense, LinearOperator, Scaled
 
 Factors: TypeAlias = Mapping[str, Tensor]
@@ -97,6 +97,10 @@ class Structure(ABC):
     def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
         """Starting values: ``leaf`` gives those of the innermost structure, wrappers add theirs."""
 
+    def correction(self, f: Factors, host: Host) -> Correction | None:
+        """The adapted weight as ``m/n * (W + op)``, None where it is not of this form."""
+        return None
+
     @abstractmethod
     def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
         """Output of the adapted layer, without bias."""
@@ -122,8 +126,12 @@ class Added(Structure):
         """The update, (out, in)."""
 
     @final
+    def correction(self, f: Factors, host: Host) -> Correction:
+        return Correction(self.delta(f))
+
+    @final
     def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
-        return host.plus(self.delta(f), x)
+        return host.plus(self.correction(f, host), x)
 
     @final
     def weight(self, f: Factors, w: Tensor) -> Tensor:

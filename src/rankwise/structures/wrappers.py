@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import IncompatibleAxes, TargetError
-from rankwise.host import Adapted, Host, Site, Through
+from rankwise.host import Adapted, Correction, Host, Site, Through, norm_of_rows
 from rankwise.ops import LinearOperator, Scaled, Sum
 from rankwise.structures.structure import Added, Factor, Factors, LeafStart, Structure
 
@@ -41,11 +41,6 @@ def check_dense(wrapper: str, inner: Structure) -> None:
         raise IncompatibleAxes(f"{wrapper} needs the weight inside; {inner!r} has none. Put it on top, by Stack.")
 
 
-def row_norm(w: Tensor) -> Tensor:
-    """Euclidean norm of each row of w (*batch, out, in), at least in float32: (*batch, out)."""
-    return torch.linalg.vector_norm(w.to(torch.promote_types(w.dtype, torch.float32)), dim=-1)
-
-
 @final
 @dataclass(frozen=True)
 class Magnitude(Structure):
@@ -56,9 +51,12 @@ class Magnitude(Structure):
 
     Attributes:
         inner: the structure that gives the direction W'.
+        recompute: for m's gradient make the layer's output again in backward, instead of saving it: less memory, one
+            more product with W.
     """
 
     inner: Structure
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.inner, Magnitude):
@@ -73,21 +71,35 @@ class Magnitude(Structure):
 
     def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
         f = self.inner.start(site, weight, leaf)
-        return {**f, "magnitude": row_norm(self.inner.weight(f, weight()))}
+        return {**f, "magnitude": norm_of_rows(self.inner.weight(f, weight()))}
 
-    def _scale(self, f: Factors, direction: Tensor) -> Tensor:
+    def correction(self, f: Factors, host: Host) -> Correction | None:
+        inner = self.inner.correction(f, host)
+        if inner is None:
+            return None
         with torch.no_grad():
-            norm = row_norm(direction)
-        return torch.where(norm > 0, f["magnitude"] / norm.clamp_min(1e-30), 0.0)
+            norm = host.row_norm(inner.op)
+        return Correction(inner.op, f["magnitude"], _or_infinite(norm), self.recompute)
 
     def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
+        correction = self.correction(f, host)
+        if correction is not None:
+            return host.plus(correction, x)
         with torch.no_grad():
-            direction = self.inner.weight(f, host.weight())
-        return host.scale_rows(self._scale(f, direction), lambda x: self.inner.apply(f, x, host), x)
+            norm = norm_of_rows(self.inner.weight(f, host.weight()))
+        scale = f["magnitude"] / _or_infinite(norm)
+        return host.scale_rows(scale, lambda x: self.inner.apply(f, x, host), x)
 
     def weight(self, f: Factors, w: Tensor) -> Tensor:
         direction = self.inner.weight(f, w)
-        return self._scale(f, direction).unsqueeze(-1) * direction
+        with torch.no_grad():
+            norm = norm_of_rows(direction)
+        return (f["magnitude"] / _or_infinite(norm)).unsqueeze(-1) * direction
+
+
+def _or_infinite(norm: Tensor) -> Tensor:
+    """The norms, those of rows of zeros as infinity: such a row stays zero."""
+    return norm.masked_fill(norm == 0, torch.inf)
 
 
 @final

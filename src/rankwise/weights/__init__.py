@@ -18,10 +18,12 @@ def weight_of(module: nn.Module, name: str = "weight") -> Weight:
     Raises:
         WeightFormatError: the format is none of those that can be read and trained through.
     """
+    weight = module._parameters.get(name)
+    if type(weight) is nn.Parameter and weight.is_floating_point():  # asked at every forward: the common case at once
+        return DenseWeight(module, name)
     for format_ in FORMATS:
         if format_.claims(module, name):
             return format_(module, name)
-    weight = module._parameters.get(name)
     raise WeightFormatError(
         f"A weight is floating point, bitsandbytes 4-bit or bitsandbytes int8; found {type(module).__name__} with "
         f"{f'no {name}' if weight is None else weight.dtype}. Load the base in one of these formats, or exclude the "

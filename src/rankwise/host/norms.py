@@ -1,0 +1,66 @@
+"""Norms of the rows of ``W + s B A`` without the sum: ``|W|^2 + 2 s rowsum(W A^T o B) + s^2 rowsum(B A A^T o B)``.
+
+Shapes: W (M, N), B (*batch, M, r), A (*batch, r, N); norms (*batch, M).
+"""
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from rankwise.ops import LinearOperator
+
+CANCELLED = 1e-3  # below this share of |W|^2 the three terms have cancelled, and float32 has lost the sum
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of a frozen parameter: its version, address and norms
+
+
+def norm_of_rows(w: Tensor) -> Tensor:
+    """Euclidean norm of each row of w (*batch, M, N), at least in float32: (*batch, M)."""
+    return torch.linalg.vector_norm(w.to(torch.promote_types(w.dtype, torch.float32)), dim=-1)
+
+
+def dense_row_norm(w: Tensor, op: LinearOperator) -> Tensor:
+    """The norms from the sum itself."""
+    return norm_of_rows(w + op.dense())
+
+
+def _of_base(parameter: Tensor, w: Tensor) -> Tensor:
+    """The norms of W's rows; remembered while the parameter is frozen and as it was."""
+    if parameter.requires_grad or type(parameter.data) is not Tensor:
+        return norm_of_rows(w)
+    now = (parameter._version, parameter.data_ptr(), parameter.shape)
+    known = _known.get(parameter)
+    if known is None or known[0] != now:
+        known = _known[parameter] = (now, norm_of_rows(w))
+    return known[1]
+
+
+@torch.no_grad()
+def factored_row_norm(parameter: Tensor, w: Tensor, op: LinearOperator) -> Tensor:
+    """The norms from the factors, where the operator has them.
+
+    Args:
+        parameter: what stores W, to remember its norms by.
+        w: W (M, N).
+        op: the update (M, N).
+
+    Returns:
+        (*batch, M), at least in float32.
+    """
+    pair = op.lower()
+    if pair is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return dense_row_norm(w, op)  # what has cancelled below is known by its values, which a tracer has not
+    base = _of_base(parameter, w)
+    left, right = pair.left.to(base.dtype), pair.right.to(base.dtype)
+    mixed = (w @ right.to(w.dtype).mT).to(base.dtype)  # W A^T
+    mixed = 2 * mixed + left @ (right @ right.mT)
+    squared = base.square() + (mixed * left).sum(-1)
+    found = squared.clamp_min(0).sqrt()
+    if isinstance(w, FakeTensor):
+        return found
+    lost = squared <= CANCELLED * base.square()
+    if lost.any():
+        rows = lost.flatten(0, -2).any(0) if lost.dim() > 1 else lost
+        exact = norm_of_rows(w[rows] + left[..., rows, :] @ right)
+        found[..., rows] = exact
+    return found
