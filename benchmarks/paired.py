@@ -37,19 +37,26 @@ def _faults() -> int:
 
 
 def measure(
-    variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3, each: int = 1, fresh: bool = False
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 3,
+    each: int = 1,
+    fresh: bool = False,
+    least: int = 1,
 ) -> Rounds:
-    """Time every variant once a round, in an order drawn anew each round.
+    """Time every variant in every round, in an order drawn anew each round.
 
-    ``each`` calls make one entry, for variants too short for the clock; a GPU's queue is empty at both
+    A round's entry is the least of ``least`` times, each drawn into the order: what disturbs a machine only ever adds.
+    ``each`` calls make one time, for variants too short for the clock; a GPU's queue is empty at both
     ends. With ``fresh``, a variant prepares its objects outside the clock and returns what is timed.
     """
     settle: Callable[[], object] = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     out = Rounds(*({name: [] for name in variants} for _ in range(3)))
-    order, shuffle = list(variants), random.Random(0)
+    order, shuffle = [*variants] * least, random.Random(0)
     for step in range(warmup + rounds):
         shuffle.shuffle(order)
-        for name in order:
+        seen: dict[str, list[tuple[float, float, int]]] = {name: [] for name in variants}
+        for name in order if step >= warmup else variants:
             run: Callable[[], object] = variants[name]() if fresh else variants[name]  # type: ignore[assignment]
             settle()
             faults, wall, cpu = _faults(), time.perf_counter(), time.process_time()
@@ -57,10 +64,11 @@ def measure(
                 run()
             settle()
             wall, cpu, faults = time.perf_counter() - wall, time.process_time() - cpu, _faults() - faults
+            seen[name].append((wall / each, cpu / each, faults))
+        for name, times in seen.items():
             if step >= warmup:
-                out.wall[name].append(wall / each)
-                out.cpu[name].append(cpu / each)
-                out.faults[name].append(faults)
+                for entries, values in zip((out.wall, out.cpu, out.faults), zip(*times, strict=True), strict=True):
+                    entries[name].append(min(values))
     return out
 
 

@@ -123,7 +123,7 @@ def step_cell(
         name: models.stepper(compiled(model) if compile else model, given) for name, model in found.items()
     }
     run["linears"] = linears(found["floor"], case)
-    seen = measure(run, rounds)
+    seen = measure(run, rounds, least=3)
     row = {
         "case": asdict(case),
         "compiled": compile,

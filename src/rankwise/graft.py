@@ -74,8 +74,13 @@ def run_routed(holder: Adapters, rows: tuple[str | None, ...], base: Host, x: Te
 
 def _layer_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        holder: Adapters = self.adapters
+        holder: Adapters = self._modules["adapters"]
         choice = holder.choice()
+        if holder.siblings is not None:
+            y = holder.siblings.output(self, choice, x)
+            if y is not None:
+                holder.note(choice, y)
+                return y
         routed = isinstance(choice, Routing)
         levels = [] if routed else holder.active(choice, LAYER)
         if not levels and not (routed and any(holder.get(r, LAYER) for r in choice.rows if r)):
@@ -85,11 +90,8 @@ def _layer_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
         kind = kind_of(self)
         assert kind is not None
         layer: LayerHost = kind(self, 0.0, *args, **kwargs)
-        y = None if holder.siblings is None else holder.siblings.output(self, choice, x)
-        if y is None:
-            host: Host = TransposedHost(layer) if "grafted_transposed" in self.__dict__ else layer
-            y = run_routed(holder, choice.rows, host, x) if routed else run_levels(levels, host, x)
-        y = layer.finish(x, y)
+        host: Host = TransposedHost(layer) if "grafted_transposed" in self.__dict__ else layer
+        y = layer.finish(x, run_routed(holder, choice.rows, host, x) if routed else run_levels(levels, host, x))
         holder.note(choice, y)
         return y
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.activity import Choice, Routing
-from rankwise.adapter import Adapters, Placement
+from rankwise.adapter import Placement
 from rankwise.host import LAYER, LayerHost, kind_of
 from rankwise.ops.fused import Part
 from rankwise.ops.fused import run as fused
@@ -39,8 +39,9 @@ class Siblings:
         self._forget()
 
     def _forget(self) -> None:
-        self._ready: dict[nn.Module, Tensor] = {}
-        self._made_from: tuple[Any, ...] = ()
+        self._ready: dict[nn.Module, tuple[LayerHost, Tensor]] = {}
+        self._x: Tensor | None = None
+        self._then: tuple[Choice, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members}
@@ -50,51 +51,49 @@ class Siblings:
         self._forget()
 
     def output(self, module: nn.Module, choice: Choice, x: Tensor) -> Tensor | None:
-        """A member's output at x without its bias, None where it has to run alone."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_inference():
+        """A member's output at x, None where it has to run alone."""
+        if not torch.is_grad_enabled():
             return None
-        if module in self._ready:
-            tensor, *rest = self._made_from
-            if tensor is x and rest == [x._version, choice]:
-                y = self._ready.pop(module)
-                if not self._ready:
-                    self._forget()
-                return y
-        self._forget()
-        parts, dropout = self._parts(module, choice, x)
-        if len(parts) < 2:
-            return None
-        outs = dict(zip(parts, fused(x, list(parts.values()), dropout), strict=True))
-        y = outs.pop(module)
-        self._ready, self._made_from = outs, (x, x._version, choice)
-        return y
+        now = (choice, 0 if torch.compiler.is_compiling() else x._version)
+        if module not in self._ready or self._x is not x or self._then != now:
+            self._forget()
+            self._run(module, choice, x)
+            self._then = now
+        found = self._ready.pop(module, None)
+        if not self._ready:
+            self._x = None
+        return None if found is None else found[0].finish(x, found[1])
 
-    def _parts(self, module: nn.Module, choice: Choice, x: Tensor) -> tuple[dict[nn.Module, Part], float]:
-        """What of the members can run together with ``module``, itself included if at all."""
-        found: dict[nn.Module, Part] = {}
+    def _run(self, module: nn.Module, choice: Choice, x: Tensor) -> None:
+        """Run the members that can go together with ``module``, if it can itself."""
         own = _part(module, choice, x)
         if own is None:
-            return found, 0.0
+            return
+        found = {module: own}
         for member in self.members:
-            made = own if member is module else _part(member, choice, x)
-            if made is not None and made[1] == own[1] and made[0].left.dim() == own[0].left.dim():
-                found[member] = made[0]
-        return found, own[1]
+            if member is not module:
+                other = _part(member, choice, x)
+                if other is not None and other[0].dropout == own[0].dropout:
+                    found[member] = other
+        if len(found) > 1:
+            outs = fused(x, [part for _, part in found.values()], own[0].dropout)
+            self._ready = {m: (host, y) for (m, (host, _)), y in zip(found.items(), outs, strict=True)}
+            self._x = x
 
 
-def _part(module: Any, choice: Choice, x: Tensor) -> tuple[Part, float] | None:
-    """A layer under one adapter as part of a node, and its dropout; None where it must run alone."""
+def _part(module: Any, choice: Choice, x: Tensor) -> tuple[LayerHost, Part] | None:
+    """A layer under one adapter and its part of a node; None where it must run alone."""
     if isinstance(choice, Routing) or "_old_forward" in module.__dict__ or "grafted_transposed" in module.__dict__:
         return None
-    holder: Adapters = module._modules["adapters"]
-    levels = holder.active(choice, LAYER)
+    levels = module._modules["adapters"].active(choice, LAYER)
     kind = kind_of(module)
     if len(levels) != 1 or kind is None:
         return None
-    host: LayerHost = kind(module, levels[0].p)
-    correction = levels[0].structure.correction(levels[0].factors(), host)
+    level = levels[0]
+    host = kind(module, level.p)
+    correction = level.structure.correction(level.factors(), host)
     part = None if correction is None else host.part(correction, x)
-    return None if part is None else (part, host.dropout)
+    return None if part is None else (host, part)
 
 
 def introduce(modules: Mapping[str, nn.Module], placements: Iterable[Placement]) -> None:

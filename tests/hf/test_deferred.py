@@ -123,15 +123,15 @@ def test_a_quantised_head(tmp_path):
     assert told == ["takes its logits in chunks of 0 MiB at most"]
 
 
-@pytest.mark.parametrize(("method", "largest"), [("lora", 5), ("dora", 32)])
-def test_logits_are_never_held_whole(method, largest, monkeypatch):
-    """At most a chunk of five rows, or of DoRA's norm the weight of 32."""
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_logits_are_never_held_whole(method, monkeypatch):
+    """At most a chunk of five rows."""
     monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 640 * 5)
     model, adapter = adapted(llama(vocab_size=640), method, sites=HEAD)
     ids = torch.tensor([row["input_ids"] for row in rows(3, 64)])
     with Held(model) as held:
         gradients(model, adapter, True, [], input_ids=ids, labels=ids)
-    assert held.rows == largest
+    assert held.rows == 5
     with Held(model) as held:
         gradients(model, adapter, False, [], input_ids=ids, labels=ids)
     assert held.rows == 192
