@@ -8,6 +8,7 @@ import torch
 
 from rankwise import ops
 from rankwise.ops import BlockDiagonal, Dense, Diagonal, Hadamard, Kronecker, LinearOperator, Product, Scaled, Sum
+from rankwise.ops.operator import Cost, leaves, with_leaves
 from rankwise.testing.compare import Comparison
 
 Batch = tuple[int, ...]
@@ -25,8 +26,17 @@ def check_operator(op: LinearOperator, batch: tuple[int, ...] = ()) -> float:
     compare("operator law", op.T.mv(z), z @ dense, ".T.mv")
     compare("operator law", op.T.T.mv(x), x @ dense.mT, ".T.T.mv")
     compare("operator law", op.rows(index), torch.take_along_dim(dense, index.unsqueeze(-1), dim=-2), ".rows")
+    assert (op.rank is None) == (lower is None)
     if lower is not None:
         compare("operator law", lower.left @ lower.right, dense, ".lower")
+        assert lower.left.shape[-1] == op.rank
+    tensors = [t.clone().requires_grad_() for t in leaves(op)]
+    other = with_leaves(op, iter(tensors))
+    compare("operator law", other.dense(), dense, ".with_leaves")
+    g = torch.randn(*batch, m, n, dtype=torch.float64)
+    wanted = torch.autograd.grad(other.dense(), tensors, g.expand_as(other.dense()))
+    for found, want in zip(other.gradients(g), wanted, strict=True):
+        compare("operator law", found, want, ".gradients")
     return compare.figures["operator"]
 
 
@@ -109,6 +119,12 @@ def test_a_wrong_operator_is_caught():
 
         def lower(self):
             return None
+
+        rank = None
+        cost = Cost(3, 9)
+
+        def gradients(self, g):
+            return []
 
     with pytest.raises(AssertionError, match=r"operator law: Wrong.mv differs"):
         check_operator(Wrong())

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.host.norms import dense_row_norm
-from rankwise.host.site import Correction, LayerHost, Site
+from rankwise.host.site import LayerHost, Site
 from rankwise.ops import Dense, LinearOperator
-from rankwise.ops.fused import Part
 
 _CONV = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 _TRANSPOSED = {1: nn.functional.conv_transpose1d, 2: nn.functional.conv_transpose2d, 3: nn.functional.conv_transpose3d}
@@ -95,9 +94,6 @@ class ConvHost(LayerHost):
             ones = (1,) * len(m.kernel_size)
             y = _CONV[len(ones)](h, left.reshape(*left.shape, *ones), groups=groups * folds)
         return y.reshape(folds, rows, *y.shape[2:]) if batched else y
-
-    def part(self, correction: Correction, x: Tensor) -> Part | None:
-        return None
 
     def row_norm(self, op: LinearOperator) -> Tensor:
         return dense_row_norm(self.weight(), op)

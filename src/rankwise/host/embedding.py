@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from rankwise.errors import TargetError
 from rankwise.host.linear import scale_last
 from rankwise.host.norms import dense_row_norm
-from rankwise.host.site import Correction, LayerHost, Site
+from rankwise.host.site import LayerHost, Site
 from rankwise.ops import Dense, LinearOperator
-from rankwise.ops.fused import Part
 from rankwise.ops.operator import gather_rows
 
 
@@ -62,9 +61,6 @@ class EmbeddingHost(LayerHost):
             table = table.clone()
             table[pad] = self.module.weight[pad]
         return table
-
-    def part(self, correction: Correction, x: Tensor) -> Part | None:
-        return None
 
     def row_norm(self, op: LinearOperator) -> Tensor:
         return dense_row_norm(self.weight(), op)

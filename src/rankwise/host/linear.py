@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 from rankwise.host.norms import factored_row_norm
 from rankwise.host.site import Correction, LayerHost, Site, flat_tokens
-from rankwise.ops import LinearOperator, LowRank, Scaled
+from rankwise.ops import LinearOperator, Product, Scaled
+from rankwise.ops.form import Form, cheapest
 from rankwise.ops.fused import Part
+from rankwise.ops.operator import leaves
+from rankwise.ops.whole import run as run_whole
+from rankwise.ops.whole import together
 from rankwise.weights import DenseWeight
 
 
@@ -22,12 +26,12 @@ def scale_last(y: Tensor, scale: Tensor) -> Tensor:
     return y * scale.to(y.dtype).reshape(shape)
 
 
-def low_rank(op: LinearOperator) -> tuple[LowRank | None, float]:
-    """The factors of an operator, and a scale that is not yet in them."""
+def unscaled(op: LinearOperator) -> tuple[LinearOperator, float]:
+    """An operator without the numbers in front of it, and their product."""
     scale = 1.0
     while isinstance(op, Scaled):
         op, scale = op.op, scale * op.scale
-    return op.lower(), scale
+    return op, scale
 
 
 class _MatrixHost(LayerHost):
@@ -40,17 +44,39 @@ class _MatrixHost(LayerHost):
         return self(op.mv(flat_tokens(x)).reshape(x.shape))
 
     def part(self, correction: Correction, x: Tensor) -> Part | None:
-        pair, scale = low_rank(correction.op)
-        weight = self.module.weight
-        if pair is None or torch._C._are_functorch_transforms_active():
+        op, scale = unscaled(correction.op)
+        if not self._direct(op, x) or self._form(op, x) is not Form.LOW_RANK:
             return None
-        same = x.dtype == self.dtype and x.device == weight.device and x.shape[-1] == correction.op.shape[1]
-        if not same or hasattr(weight, "full_tensor") or pair.right.dim() == 3 and x.dim() != 3:
+        pair = op.lower()
+        if pair is None or pair.right.dim() == 3 and x.dim() != 3:
             return None
-        if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype:
-            return None
-        stored = self.matrix(weight) if isinstance(self.storage, DenseWeight) else self.storage
+        stored = self.matrix(self.module.weight) if isinstance(self.storage, DenseWeight) else self.storage
         return Part(stored, pair.left, pair.right, scale, *correction[1:])
+
+    def whole(self, op: LinearOperator, x: Tensor) -> Tensor | None:
+        plain = isinstance(self.storage, DenseWeight) and not self.module.weight.requires_grad
+        if not plain or self.dropout or torch.compiler.is_compiling() or not self._direct(op, x):
+            return None
+        if self._form(op, x) is not Form.WHOLE or any(t.dim() != 2 for t in leaves(op)):
+            return None
+        return run_whole(x, self.matrix(self.module.weight), op)
+
+    def _direct(self, op: LinearOperator, x: Tensor) -> bool:
+        """Whether a node of ours may multiply x by the stored weight: nothing else would cast or gather either."""
+        weight = self.module.weight
+        if x.dtype != self.dtype or x.device != weight.device or x.shape[-1] != op.shape[1]:
+            return False
+        if hasattr(weight, "full_tensor") or torch._C._are_functorch_transforms_active():
+            return False
+        device = x.device.type
+        return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == x.dtype
+
+    @staticmethod
+    def _form(op: LinearOperator, x: Tensor) -> Form:
+        rank, (m, n) = op.rank, op.shape
+        if rank is not None and isinstance(op, Product) and 3 * rank * (m + n) <= m * n:
+            return Form.LOW_RANK  # as nearly always
+        return cheapest(op, x.numel() // max(n, 1), together(x))
 
     def row_norm(self, op: LinearOperator) -> Tensor:
         return factored_row_norm(self.module.weight, self.weight(), op)

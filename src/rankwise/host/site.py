@@ -104,9 +104,13 @@ class Host(ABC):
     def weight(self) -> Tensor:
         """The frozen weight as a matrix (out, in); may dequantise: ask rarely."""
 
-    @abstractmethod
     def part(self, correction: Correction, x: Tensor) -> Part | None:
-        """This layer and a correction as part of a fused node at x, None where there is no such form."""
+        """This layer and a low-rank correction as part of a fused node at x, None where there is no such form."""
+        return None
+
+    def whole(self, op: LinearOperator, x: Tensor) -> Tensor | None:
+        """The map of ``W + op`` by the matrix of op, None where that is not its cheapest form."""
+        return None
 
     @abstractmethod
     def row_norm(self, op: LinearOperator) -> Tensor:
@@ -119,9 +123,10 @@ class Host(ABC):
         if part is not None:
             return fused(x, [part], self.dropout)[0]
         op, magnitude, norm, _ = correction
-        if magnitude is None or norm is None:
-            return self(x) + self.mv(op, self.drop(x))
-        return self.scale_rows(magnitude / norm, lambda x: self(x) + self.mv(op, self.drop(x)), x)
+        if magnitude is not None and norm is not None:
+            return self.scale_rows(magnitude / norm, lambda x: self.plus(Correction(op), x), x)
+        y = self.whole(op, x)
+        return self(x) + self.mv(op, self.drop(x)) if y is None else y
 
     @final
     def drop(self, x: Tensor) -> Tensor:
@@ -209,10 +214,6 @@ class Through(Host):
     def __init__(self, host: Host, dropout: float = 0.0) -> None:
         super().__init__(host.module, dropout)
         self.host = host
-
-    @final
-    def part(self, correction: Correction, x: Tensor) -> Part | None:
-        return None
 
     @final
     def row_norm(self, op: LinearOperator) -> Tensor:

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from rankwise.ops.operator import LinearOperator, LowRank
+from rankwise.ops.operator import Cost, LinearOperator, LowRank, gradients_of
 
 
 @final
@@ -33,6 +33,18 @@ class Dense(LinearOperator):
     def lower(self) -> LowRank | None:
         return None
 
+    def gradients(self, g: Tensor) -> list[Tensor | None]:
+        return [g]
+
+    @property
+    def rank(self) -> int | None:
+        return None
+
+    @property
+    def cost(self) -> Cost:
+        m, n = self.shape
+        return Cost(m * n, 0)
+
 
 @final
 class Diagonal(LinearOperator):
@@ -54,6 +66,18 @@ class Diagonal(LinearOperator):
 
     def lower(self) -> LowRank | None:
         return None
+
+    def gradients(self, g: Tensor) -> list[Tensor | None]:
+        return [g.diagonal(dim1=-2, dim2=-1)]
+
+    @property
+    def rank(self) -> int | None:
+        return None
+
+    @property
+    def cost(self) -> Cost:
+        n = self.shape[0]
+        return Cost(n, n * n)
 
 
 @final
@@ -83,6 +107,20 @@ class Product(LinearOperator):
             return LowRank(self.left.mv(pair.left.mT).mT, pair.right)
         return LowRank(self.left.dense(), self.right.dense())
 
+    def gradients(self, g: Tensor) -> list[Tensor | None]:
+        left = gradients_of(self.left, lambda: self.right.mv(g))  # g right^T
+        return left + gradients_of(self.right, lambda: self.left.T.mv(g.mT).mT)
+
+    @property
+    def rank(self) -> int | None:
+        one, two = self.left.rank, self.right.rank
+        return self.left.shape[1] if one is two is None else two if one is None else one
+
+    @property
+    def cost(self) -> Cost:
+        one, two, (m, n) = self.left.cost, self.right.cost, self.shape
+        return Cost(one.apply + two.apply, one.form + two.form + m * self.left.shape[1] * n)
+
 
 @final
 class Scaled(LinearOperator):
@@ -105,6 +143,18 @@ class Scaled(LinearOperator):
     def lower(self) -> LowRank | None:
         pair = self.op.lower()
         return None if pair is None else LowRank(pair.left * self.scale, pair.right)
+
+    def gradients(self, g: Tensor) -> list[Tensor | None]:
+        return self.op.gradients(g * self.scale)
+
+    @property
+    def rank(self) -> int | None:
+        return self.op.rank
+
+    @property
+    def cost(self) -> Cost:
+        apply, form = self.op.cost
+        return Cost(apply + self.shape[0], form + self.shape[0] * self.shape[1])
 
 
 @final
@@ -130,6 +180,19 @@ class Sum(LinearOperator):
         if one is None or two is None:
             return None
         return LowRank(torch.cat([one.left, two.left], dim=-1), torch.cat([one.right, two.right], dim=-2))
+
+    def gradients(self, g: Tensor) -> list[Tensor | None]:
+        return gradients_of(self.first, lambda: g) + gradients_of(self.second, lambda: g)
+
+    @property
+    def rank(self) -> int | None:
+        one, two = self.first.rank, self.second.rank
+        return None if one is None or two is None else one + two
+
+    @property
+    def cost(self) -> Cost:
+        one, two, (m, n) = self.first.cost, self.second.cost, self.shape
+        return Cost(one.apply + two.apply + m, one.form + two.form + m * n)
 
 
 @final
@@ -161,6 +224,21 @@ class Kronecker(LinearOperator):
     def lower(self) -> LowRank | None:
         return None
 
+    def gradients(self, g: Tensor) -> list[Tensor | None]:
+        (m1, n1), (m2, n2) = self.left.shape, self.right.shape
+        g = g.reshape(*g.shape[:-2], m1, m2, n1, n2)
+        left = gradients_of(self.left, lambda: (g * self.right.dense()[..., None, :, None, :]).sum((-3, -1)))
+        return left + gradients_of(self.right, lambda: (g * self.left.dense()[..., None, :, None]).sum((-4, -2)))
+
+    @property
+    def rank(self) -> int | None:
+        return None
+
+    @property
+    def cost(self) -> Cost:
+        one, two, (m, n) = self.left.cost, self.right.cost, self.shape
+        return Cost(self.left.shape[1] * two.apply + self.right.shape[0] * one.apply, one.form + two.form + m * n)
+
 
 @final
 class Hadamard(LinearOperator):
@@ -188,6 +266,20 @@ class Hadamard(LinearOperator):
         right = (one.right.unsqueeze(-2) * two.right.unsqueeze(-3)).flatten(-3, -2)
         return LowRank(left, right)
 
+    def gradients(self, g: Tensor) -> list[Tensor | None]:
+        first = gradients_of(self.first, lambda: g * self.second.dense())
+        return first + gradients_of(self.second, lambda: g * self.first.dense())
+
+    @property
+    def rank(self) -> int | None:
+        one, two = self.first.rank, self.second.rank
+        return None if one is None or two is None else one * two
+
+    @property
+    def cost(self) -> Cost:
+        one, two, (m, n) = self.first.cost, self.second.cost, self.shape
+        return Cost(m * n, one.form + two.form + m * n)  # and formed at every application
+
 
 @final
 class BlockDiagonal(LinearOperator):
@@ -200,9 +292,10 @@ class BlockDiagonal(LinearOperator):
 
     def mv(self, x: Tensor) -> Tensor:
         k, b = self.blocks.shape[-3], self.blocks.shape[-1]
-        parts = x.reshape(*x.shape[:-1], k, b).transpose(-2, -3)  # (*batch, k, T, b)
+        lead = x.shape[:-2] if self.blocks.dim() == 4 else ()  # all tokens as one dim: fewer, larger products
+        parts = x.reshape(*lead, -1, k, b).transpose(-2, -3)  # (*batch, k, T, b)
         y = parts @ self.blocks.to(x.dtype).mT
-        return y.transpose(-2, -3).flatten(-2)
+        return y.transpose(-2, -3).reshape(*x.shape[:-1], self.shape[0])
 
     def dense(self) -> Tensor:
         k = self.blocks.shape[-3]
@@ -216,3 +309,17 @@ class BlockDiagonal(LinearOperator):
 
     def lower(self) -> LowRank | None:
         return None
+
+    def gradients(self, g: Tensor) -> list[Tensor | None]:
+        k, c, b = self.blocks.shape[-3:]
+        blocks = g.reshape(*g.shape[:-2], k, c, k, b).diagonal(dim1=-4, dim2=-2)  # (*batch, c, b, k)
+        return [blocks.movedim(-1, -3)]
+
+    @property
+    def rank(self) -> int | None:
+        return None
+
+    @property
+    def cost(self) -> Cost:
+        (m, n), k = self.shape, self.blocks.shape[-3]
+        return Cost(m * n // k, m * n)

@@ -6,7 +6,9 @@ Shapes: an operator is (*batch, M, N); activations are (*batch, T, N) rows, so t
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,18 @@ class LowRank(NamedTuple):
 
     left: Tensor
     right: Tensor
+
+
+class Cost(NamedTuple):
+    """Multiply-adds of an operator.
+
+    Attributes:
+        apply: of ``mv``, a token.
+        form: of ``dense()``; an entry written without a product counts as one.
+    """
+
+    apply: int
+    form: int
 
 
 class LinearOperator(ABC):
@@ -46,12 +60,58 @@ class LinearOperator(ABC):
     def lower(self) -> LowRank | None:
         """(left, right) with ``left @ right == dense()`` where the operator is exactly low rank."""
 
+    @property
+    @abstractmethod
+    def rank(self) -> int | None:
+        """The inner size of ``lower()``, None where it has none."""
+
+    @property
+    @abstractmethod
+    def cost(self) -> Cost:
+        """What applying and forming it takes."""
+
+    @abstractmethod
+    def gradients(self, g: Tensor) -> list[Tensor | None]:
+        """Of :func:`leaves`, from that of ``dense()`` (*batch, M, N); None where one needs no gradient."""
+
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the matrix, the embedding look-up: index (*batch, T) -> (*batch, T, N)."""
         pair = self.lower()
         if pair is None:
             return gather_rows(self.dense(), index)
         return gather_rows(pair.left, index) @ pair.right
+
+
+def leaves(op: LinearOperator) -> list[Tensor]:
+    """The tensors that define an operator, in a fixed order."""
+    found: list[Tensor] = []
+    for value in vars(op).values():
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, LinearOperator):
+            found += leaves(value)
+    return found
+
+
+def trained(op: LinearOperator) -> bool:
+    """Whether any of the tensors needs a gradient."""
+    return any(t.requires_grad for t in leaves(op))
+
+
+def gradients_of(op: LinearOperator, g: Callable[[], Tensor]) -> list[Tensor | None]:
+    """``op.gradients(g())``; g is not even made where nothing needs it."""
+    return op.gradients(g()) if trained(op) else [None] * len(leaves(op))
+
+
+def with_leaves(op: LinearOperator, tensors: Iterator[Tensor]) -> LinearOperator:
+    """The operator over other tensors, given in the order of :func:`leaves`."""
+    other = copy.copy(op)
+    for name, value in vars(op).items():
+        if isinstance(value, Tensor):
+            setattr(other, name, next(tensors))
+        elif isinstance(value, LinearOperator):
+            setattr(other, name, with_leaves(value, tensors))
+    return other
 
 
 def gather_rows(matrix: Tensor, index: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rankwise.errors import RankError
 from rankwise.host import Correction, Host, Site
-from rankwise.ops import Dense, LinearOperator, Scaled
+from rankwise.ops import Dense, Hadamard, LinearOperator, Scaled
 
 Factors: TypeAlias = Mapping[str, Tensor]
 
@@ -180,8 +180,7 @@ class Gate(Leaf):
 
     @final
     def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
-        update = host.weight() * self.operator(f).dense()  # apart from W: W + dW would round it away
-        return host(x) + host.mv(Dense(update), host.drop(x))
+        return host.plus(Correction(Hadamard(Dense(host.weight()), self.operator(f))), x)
 
     @final
     def weight(self, f: Factors, w: Tensor) -> Tensor:

@@ -1,0 +1,399 @@
+"""The nodes of a training step against the same maps written out, in float64, once and twice differentiated."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import rankwise as rw
+from rankwise.ops import Dense, Hadamard, Kronecker, LinearOperator, Product, Scaled, fused, whole
+from rankwise.ops.form import Form, cheapest, costs
+from rankwise.structures import HiRA, LoHa, LoRA, Magnitude
+from rankwise.testing.compare import Comparison
+
+
+def tensor(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+
+# -- the low-rank node ---------------------------------------------------------------------------
+
+
+def parts_of(flat, batch, count, scaled, recompute):
+    """Parts over a flat list of tensors, so that gradcheck can move each of them."""
+    found = []
+    for i in range(count):
+        w, left, right, m = flat[4 * i : 4 * i + 4]
+        norm = (1 + torch.arange(m.shape[-1]).double()).expand_as(m) if scaled else None
+        found.append(fused.Part(w, left, right, 0.5 + i, m if scaled else None, norm, recompute))
+    return found
+
+
+def written_out(x, parts):
+    for p in parts:
+        y = x @ p.weight.mT + p.scale * x @ p.right.mT @ p.left.mT
+        yield y if p.magnitude is None else y * (p.magnitude / p.norm).unsqueeze(-2)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_low_rank_parts(batch, count, scaled, recompute):
+    torch.manual_seed(0)
+    x, flat = tensor(2, 3, 5), []
+    for i in range(count):
+        rows, rank = 4 + i, 1 + i
+        flat += [tensor(rows, 5), tensor(*batch, rows, rank), tensor(*batch, rank, 5), tensor(*batch, rows)]
+
+    def node(x, *flat):
+        return fused.run(x, parts_of(flat, batch, count, scaled, recompute))
+
+    compare = Comparison("fused")
+    for y, want in zip(node(x, *flat), written_out(x, parts_of(flat, batch, count, scaled, recompute)), strict=True):
+        compare("written out", y, want)
+    assert gradcheck(node, (x, *flat))
+    assert gradgradcheck(node, (x, *flat))
+
+
+def test_an_output_that_is_not_used_costs_no_gradient():
+    x, flat = tensor(2, 3, 5), [tensor(4, 5), tensor(4, 1), tensor(1, 5), tensor(4)] * 2
+    first, _ = fused.run(x, parts_of(flat, (), 2, False, False))
+    g = torch.randn_like(first)
+    want = torch.autograd.grad(next(written_out(x, parts_of(flat[:4], (), 1, False, False))), [x, flat[1]], g)
+    for found, wanted in zip(torch.autograd.grad(first, [x, flat[1]], g), want, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_magnitude_of_zero_has_its_gradient():
+    flat = [tensor(4, 5), tensor(4, 1), tensor(1, 5), torch.tensor([0.0, 1, 2, 3]).double().requires_grad_()]
+    x = tensor(2, 3, 5)
+    assert gradcheck(lambda m: fused.run(x, parts_of([*flat[:3], m], (), 1, True, False)), (flat[3],))
+
+
+def test_dropout_is_made_again_from_its_seeds():
+    torch.manual_seed(0)
+    x, flat = tensor(2, 3, 5), [tensor(4, 5), tensor(4, 2), tensor(2, 5), tensor(4)]
+
+    def node(*inputs):
+        torch.manual_seed(1)
+        return fused.run(inputs[0], parts_of(inputs[1:], (), 1, False, False), 0.3)
+
+    assert gradcheck(node, (x, *flat))
+    assert gradgradcheck(node, (x, *flat))
+
+
+def test_dropout_has_its_rate_and_is_unbiased():
+    torch.manual_seed(0)
+    x, eye = torch.ones(64, 256), torch.eye(256)
+    seen = [fused.run(x, [fused.Part(torch.zeros(256, 256), eye, eye)], 0.1)[0] for _ in range(40)]
+    found = torch.stack(seen)
+    share = (found == 0).double().mean()
+    assert abs(share - 0.1) < 5 * (0.09 / found.numel()) ** 0.5
+    assert torch.allclose(found[found != 0], torch.tensor(1 / 0.9))
+    assert ((found == 0).double().mean(0) - 0.1).abs().max() < 0.4  # no entry that is always dropped
+
+
+def test_outputs_may_be_changed_in_place():
+    x, flat = tensor(2, 3, 5), [tensor(4, 5), tensor(4, 1), tensor(1, 5), tensor(4)] * 2
+    first, second = fused.run(x, parts_of(flat, (), 2, False, False))
+    first.mul_(2)
+    (first + second).sum().backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (y,) = fused.run(x, parts_of(flat[:4], (), 1, True, False))  # the magnitude's gradient reads it
+        y.mul_(2).sum().backward()
+
+
+# -- the node by a matrix ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda a, b, c, d: Hadamard(Product(Dense(a), Dense(b)), Product(Dense(c), Dense(d))),
+        lambda a, b, c, d: Scaled(Hadamard(Dense(a @ b), Product(Dense(c), Dense(d))), -2.0),
+        lambda a, b, c, d: Kronecker(Dense(a), Dense(d[:1])),
+    ],
+    ids=["hadamard", "gate", "kronecker"],
+)
+def test_by_a_matrix(build):
+    torch.manual_seed(0)
+    a, b, c, d = tensor(4, 1), tensor(1, 6), tensor(4, 2), tensor(2, 6)
+    x, w = tensor(2, 3, 6), torch.randn(4, 6, dtype=torch.float64)
+
+    def node(x, *factors):
+        return whole.run(x, w, build(*factors))
+
+    compare = Comparison("whole")
+    compare("written out", node(x, a, b, c, d), x @ (w + build(a, b, c, d).dense()).mT)
+    assert gradcheck(node, (x, a, b, c, d))
+    assert gradgradcheck(node, (x, a, b, c, d))
+
+
+def test_in_half_precision_a_small_update_survives():
+    """W + op would round it away."""
+    torch.manual_seed(0)
+    x, w = torch.randn(1, 4, 32).bfloat16(), torch.randn(32, 32).bfloat16()
+    op = Hadamard(Dense(torch.randn(32, 32) * 1e-4), Dense(torch.randn(32, 32)))
+    moved = whole.run(x * 64, torch.zeros_like(w), op)
+    assert moved.abs().max() > 0
+    wide = x.double() @ (w.double() + op.dense().double()).mT
+    base = x.double() @ w.double().mT
+    apart = whole.run(x, w, op).double()
+    assert (apart - wide).abs().mean() < (base.bfloat16().double() - wide).abs().mean() * 1.5
+
+
+# -- which form ----------------------------------------------------------------------------------
+
+
+def hadamard(m: int, n: int, r: int) -> Hadamard:
+    return Hadamard(*(Product(Dense(torch.ones(m, r)), Dense(torch.ones(r, n))) for _ in range(2)))
+
+
+@pytest.mark.parametrize(
+    ("op", "tokens", "together", "form"),
+    [
+        (hadamard(256, 256, 16), 512, True, Form.WHOLE),
+        (hadamard(256, 256, 8), 512, True, Form.LOW_RANK),
+        (hadamard(1024, 1024, 8), 512, True, Form.LOW_RANK),
+        (hadamard(1024, 1024, 16), 512, False, Form.LOW_RANK),
+        (hadamard(256, 256, 16), 512, False, Form.WHOLE),
+        (hadamard(256, 256, 16), 8, True, Form.LOW_RANK),
+        (Kronecker(Dense(torch.ones(16, 16)), Dense(torch.ones(16, 16))), 512, True, Form.OWN),
+        (Hadamard(Dense(torch.ones(64, 64)), hadamard(64, 64, 2)), 512, True, Form.WHOLE),
+    ],
+)
+def test_the_form_flips_with_width_rank_tokens_and_dtype(op, tokens, together, form):
+    assert cheapest(op, tokens, together) is form
+
+
+@settings(max_examples=25, deadline=None)
+@given(m=st.sampled_from([8, 24]), n=st.sampled_from([12, 40]), r=st.integers(1, 4), tokens=st.integers(1, 64))
+def test_what_a_form_costs_is_what_it_computes(m, n, r, tokens):
+    """Against torch's own count of the products of forward and backward."""
+    factors = [torch.randn(*shape).requires_grad_() for shape in ((m, r), (r, n)) * 2]
+    op = Hadamard(*(Product(Dense(b), Dense(a)) for b, a in (factors[:2], factors[2:])))
+    x, w = torch.randn(tokens, n).requires_grad_(), torch.randn(m, n)
+    pair = op.lower()
+    ways = {
+        Form.LOW_RANK: lambda: fused.run(x, [fused.Part(w, pair.left, pair.right)])[0],
+        Form.WHOLE: lambda: whole.run(x, w, op),
+    }
+    assert pair is not None
+    for form, way in ways.items():
+        with FlopCounterMode(display=False) as seen:
+            torch.autograd.grad(way().sum(), [x, *(factors if form is Form.WHOLE else pair)])
+        counted, foreseen = seen.get_total_flops() / 2, costs(op, tokens, together=True)[form]
+        if form is Form.LOW_RANK:  # the frozen weight's own products accumulate in place, which torch does not count
+            assert counted == foreseen
+        else:
+            assert counted - 2 * tokens * m * n == tokens * m * n + 10 * m * n * r <= foreseen
+
+
+# -- siblings ------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Three layers that read x; with ``other``, only the first does."""
+
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim).double() for _ in range(3))
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        read = x if other is None else other
+        return self.q_proj(x) * self.k_proj(read) + self.v_proj(read)
+
+
+def nodes(y: torch.Tensor) -> Counter:
+    """How many nodes of each name the graph of y has."""
+    seen, todo = set(), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [n for n, _ in node.next_functions]
+    return Counter(type(n).__name__ for n in seen)
+
+
+def moved(model: nn.Module, recipe="lora", name="default") -> rw.Adapter:
+    adapter = rw.attach(model, rw.recipes.get(recipe) if isinstance(recipe, str) else recipe, name)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.copy_(torch.randn_like(p) * 0.1 + 0.3)
+    return adapter
+
+
+def grads(model: nn.Module, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(*inputs).square().sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+STRUCTURES = [LoRA(2), Magnitude(LoRA(2)), LoHa(2), HiRA(2)]
+
+
+def agree(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-9, atol=1e-9)
+
+
+def apart(model: nn.Module) -> nn.Module:
+    """A copy whose layers know nothing of each other."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.adapters.siblings = None
+    return model
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+def test_siblings_are_one_node_and_the_same_map(structure):
+    torch.manual_seed(0)
+    model = Attention()
+    moved(model, rw.Recipe(structure))
+    x = tensor(2, 3, 8)
+    together, alone = nodes(model(x)), nodes(apart(model)(x))
+    if structure in STRUCTURES[:2]:
+        assert (together["_FusedBackward"], alone["_FusedBackward"]) == (1, 3)
+    agree(grads(model, x), grads(apart(model), x))
+
+
+def test_siblings_that_read_different_tensors_run_alone():
+    torch.manual_seed(0)
+    model = Attention()
+    moved(model, rw.Recipe(LoRA(2)))
+    x, other = tensor(2, 3, 8), tensor(2, 3, 8)
+    agree(grads(model, x, other), grads(apart(model), x, other))
+
+
+def test_a_tensor_changed_between_siblings_is_another_tensor():
+    torch.manual_seed(0)
+    model = Attention()
+    moved(model, rw.Recipe(LoRA(2)))
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    model.q_proj(x)
+    x.mul_(2)
+    torch.testing.assert_close(model.k_proj(x), apart(model).k_proj(x))
+
+
+def test_a_choice_changed_between_siblings_is_seen():
+    torch.manual_seed(0)
+    model = Attention()
+    moved(model, rw.Recipe(LoRA(2)), "one")
+    moved(model, rw.Recipe(LoRA(2)), "two")
+    x = tensor(2, 3, 8)
+    rw.set_active(model, "one")
+    model.q_proj(x)
+    rw.set_active(model, "two")
+    torch.testing.assert_close(model.k_proj(x), apart(model).k_proj(x))
+
+
+def test_hooks_of_a_sibling_see_its_own_call():
+    model = Attention()
+    moved(model, rw.Recipe(LoRA(2)))
+    seen = []
+    model.k_proj.register_forward_hook(lambda m, args, y: seen.append(y) or y * 2)
+    x = tensor(2, 3, 8)
+    y = model(x)
+    assert len(seen) == 1
+    alone = apart(model)
+    torch.testing.assert_close(y, alone(x))
+
+
+def test_a_sibling_that_is_not_adapted_or_was_detached_runs_alone():
+    torch.manual_seed(0)
+    model = Attention()
+    first = moved(model, rw.Recipe(LoRA(2), sites=rw.Sites(targets=("q_proj", "k_proj"))), "one")
+    x = tensor(2, 3, 8)
+    assert nodes(model(x))["_FusedBackward"] == 1
+    agree(grads(model, x), grads(copy.deepcopy(model), x))
+    first.detach()
+    assert not nodes(model(x))["_FusedBackward"]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES[:2], ids=str)
+def test_siblings_under_checkpointing_with_dropout(structure):
+    torch.manual_seed(0)
+    model = Attention()
+    moved(model, rw.Recipe(structure, dropout=0.3)).model.train()
+    x = tensor(2, 3, 8)
+    found = {}
+    for kind in ("plain", "checkpoint"):
+        torch.manual_seed(7)
+        model.zero_grad()
+        y = model(x) if kind == "plain" else checkpoint(model, x, use_reentrant=False)
+        y.square().sum().backward()
+        found[kind] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    agree(found["checkpoint"], found["plain"])
+
+
+def test_a_deep_copy_has_siblings_of_its_own():
+    model = Attention()
+    moved(model, rw.Recipe(LoRA(2)))
+    twin = copy.deepcopy(model)
+    members = twin.q_proj.adapters.siblings.members
+    assert members == (twin.q_proj, twin.k_proj, twin.v_proj)
+    assert twin.k_proj.adapters.siblings is twin.q_proj.adapters.siblings
+
+
+# -- DoRA's norm ---------------------------------------------------------------------------------
+
+
+def test_the_norm_survives_cancellation():
+    """A row that the update removes but for a thousandth: the three terms alone would lose it."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32, bias=False)
+    adapter = moved(layer, rw.Recipe(Magnitude(LoRA(4, alpha=None))))
+    factors = next(iter(adapter.sites.values()))
+    with torch.no_grad():
+        u, s, v = torch.linalg.svd(layer.weight, full_matrices=False)
+        layer.weight.copy_((u[:, :4] * s[:4]) @ v[:4])  # of rank 4, so that the factors reach it
+        factors.b.copy_(-(u[:, :4] * s[:4]))
+        factors.a.copy_(v[:4])
+        factors.b[3:] = 0
+        factors.b[1] *= 0.999
+    host = rw.host.host_of(layer, "layer")
+    op: LinearOperator = factors.structure.inner.delta(factors.factors())
+    exact = torch.linalg.vector_norm(layer.weight.double() + op.dense().double(), dim=-1)
+    found = host.row_norm(op).double()
+    assert (found[1] / exact[1] - 1).abs() < 1e-3
+    assert (found[3:] / exact[3:] - 1).abs().max() < 1e-6
+
+
+def test_the_norm_follows_a_weight_that_was_changed():
+    layer = nn.Linear(8, 8, bias=False)
+    adapter = moved(layer, rw.Recipe(Magnitude(LoRA(2))))
+    x = torch.randn(3, 8)
+    layer(x)
+    with torch.no_grad():
+        layer.weight.mul_(3)
+    factors = next(iter(adapter.sites.values()))
+    want = x @ factors.structure.weight(factors.factors(), layer.weight).mT
+    torch.testing.assert_close(layer(x), want)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_both_trades_of_a_magnitude_agree(recompute):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 6, bias=False).double()
+    adapter = moved(model, rw.Recipe(Magnitude(LoRA(2), recompute=recompute)))
+    x = tensor(2, 3, 8)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        y = model(x)
+    assert ((2, 3, 6) in saved) is not recompute
+    g = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, *adapter.parameters()], g)
+    factors = next(iter(adapter.sites.values()))
+    want = x @ factors.structure.weight(factors.factors(), model.weight).mT
+    for one, two in zip(found, torch.autograd.grad(want, [x, *adapter.parameters()], g), strict=True):
+        torch.testing.assert_close(one, two)
