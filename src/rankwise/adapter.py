@@ -6,7 +6,7 @@ being "layer" for a layer's weight or the parameter's name for a bare parameter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, final
 
@@ -144,6 +144,27 @@ def adapted_value(module: nn.Module, name: str) -> Tensor:
         value = value.detach()
     holder.note(choice, value)
     return value
+
+
+def key_of(level: SiteFactors) -> Any:
+    """What the factors of two adapters share if they can run as one batch."""
+    return level.structure, level.p, tuple((name, f.shape) for name, f in level.factors().items())
+
+
+def stacked(levels: Sequence[SiteFactors]) -> dict[str, Tensor]:
+    """The factors of several adapters of one kind, with a leading batch dim."""
+    every = [level.factors() for level in levels]
+    return {name: torch.stack([f[name] for f in every]) for name in every[0]}
+
+
+def blocks(holder: Adapters, rows: tuple[str | None, ...], slot: str) -> list[SiteFactors]:
+    """The adapters of equal, consecutive blocks of rows, all of one kind; none where the rows are not like that."""
+    names = [row for i, row in enumerate(rows) if i == 0 or row != rows[i - 1]]
+    size, rest = divmod(len(rows), len(names))
+    if rest or any(rows[i] != names[i // size] for i in range(len(rows))):
+        return []
+    levels = [level for name in names for level in holder.active(normal(name), slot)]
+    return levels if len(levels) == len(names) and len({key_of(level) for level in levels}) == 1 else []
 
 
 def normal(row: str | None) -> tuple[str, ...]:

@@ -18,11 +18,11 @@ from rankwise.adapter import Adapters, Placement, Registry, SiteFactors
 from rankwise.candidates import base_modules
 from rankwise.errors import AttachError, UnknownName
 from rankwise.graft import Grafted, put, remove
-from rankwise.siblings import introduce
 from rankwise.host import Site, host_of
 from rankwise.model_state import check_model, fast_paths, freeze_base, hide_from_checkpoints, untied
 from rankwise.placement import TargetReport, report, resolve
 from rankwise.registry import encode
+from rankwise.siblings import introduce
 from rankwise.structures import Structure
 from rankwise.version import __version__
 from rankwise.weights import prepare
@@ -106,14 +106,12 @@ class Adapter(Mapping[str, dict[str, Tensor]]):
         if registry is None or registry.adapters.get(self.name) is not self:
             return
         modules = dict(self.model.named_modules())
-        for placement in self.placements:
-            for path, _, _ in placement.carriers:
-                remove(modules[path], self.name)
+        for path in {path for placement in self.placements for path, _, _ in placement.carriers}:
+            remove(modules[path], self.name)
         introduce(modules, self.placements)
         registry.adapters.pop(self.name, None)
-        activity = registry.activity
-        if isinstance(activity.choice, tuple):
-            activity.choice = tuple(n for n in activity.choice if n != self.name)
+        if isinstance(choice := registry.activity.choice, tuple):
+            registry.activity.choice = tuple(n for n in choice if n != self.name)
         hide_from_checkpoints(self.model)
         if not registry.adapters:
             fast_paths(self.model, closed=False)

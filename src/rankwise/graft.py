@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.activity import Routing
-from rankwise.adapter import Adapters, SiteFactors, adapted_value, normal
+from rankwise.adapter import Adapters, SiteFactors, adapted_value, blocks, key_of, normal, stacked
 from rankwise.experts import STACKS, is_experts, run_experts
 from rankwise.host import LAYER, Adapted, Host, LayerHost, TransposedHost, kind_of
 
@@ -44,6 +44,11 @@ def run_routed(holder: Adapters, rows: tuple[str | None, ...], base: Host, x: Te
             f"A routing names one adapter a row of the batch; found {len(rows)} names and an input "
             f"of {x.shape[0]} rows. Repeat each name for every beam or returned sequence."
         )
+    levels = blocks(holder, rows, LAYER) if base.kind == "linear" and x.dim() == 3 else []
+    if levels:  # as many tokens of one adapter
+        base.dropout = levels[0].p
+        y = levels[0].structure.apply(stacked(levels), x.reshape(len(levels), -1, x.shape[-1]), base)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
     # a row that is a single vector (or index) becomes a batch of one token
     lone = x.dim() == (2 if x.is_floating_point() else 1)
     x = x.unsqueeze(1) if lone else x
@@ -52,9 +57,7 @@ def run_routed(holder: Adapters, rows: tuple[str | None, ...], base: Host, x: Te
     for i, row in enumerate(rows):
         key = None
         if found[row]:
-            level = found[row][0]
-            shapes = tuple((k, v.shape) for k, v in level.factors().items())
-            key = (level.structure, level.p, shapes)
+            key = key_of(found[row][0])
         groups.setdefault(key, []).append(i)
     pieces, order = [], []
     for key, members in groups.items():
@@ -63,9 +66,8 @@ def run_routed(holder: Adapters, rows: tuple[str | None, ...], base: Host, x: Te
             pieces.append(base(part))
         else:
             levels = [found[rows[i]][0] for i in members]
-            stacked = {k: torch.stack([level.factors()[k] for level in levels]) for k in levels[0].factors()}
             base.dropout = levels[0].p
-            pieces.append(levels[0].structure.apply(stacked, part, base))
+            pieces.append(levels[0].structure.apply(stacked(levels), part, base))
         order += members
     back = torch.tensor(order, device=x.device).argsort()
     y = torch.cat(pieces).index_select(0, back)

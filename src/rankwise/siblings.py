@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.activity import Choice, Routing
-from rankwise.adapter import Placement
+from rankwise.adapter import Placement, blocks, stacked
 from rankwise.host import LAYER, LayerHost, kind_of
 from rankwise.ops.fused import Part
 from rankwise.ops.fused import run as fused
@@ -66,32 +66,42 @@ class Siblings:
 
     def _run(self, module: nn.Module, choice: Choice, x: Tensor) -> None:
         """Run the members that can go together with ``module``, if it can itself."""
-        own = _part(module, choice, x)
+        seen = x
+        if isinstance(choice, Routing):
+            holder: Any = module._modules["adapters"]
+            levels = blocks(holder, choice.rows, LAYER) if x.dim() == 3 else []
+            if not levels or len(choice.rows) != len(x):
+                return
+            seen = x.reshape(len(levels), -1, x.shape[-1])
+        own = _part(module, choice, seen)
         if own is None:
             return
         found = {module: own}
         for member in self.members:
             if member is not module:
-                other = _part(member, choice, x)
+                other = _part(member, choice, seen)
                 if other is not None and other[0].dropout == own[0].dropout:
                     found[member] = other
         if len(found) > 1:
-            outs = fused(x, [part for _, part in found.values()], own[0].dropout)
+            outs = fused(seen, [part for _, part in found.values()], own[0].dropout)
+            if seen is not x:
+                outs = tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outs)
             self._ready = {m: (host, y) for (m, (host, _)), y in zip(found.items(), outs, strict=True)}
             self._x = x
 
 
 def _part(module: Any, choice: Choice, x: Tensor) -> tuple[LayerHost, Part] | None:
-    """A layer under one adapter and its part of a node; None where it must run alone."""
-    if isinstance(choice, Routing) or "_old_forward" in module.__dict__ or "grafted_transposed" in module.__dict__:
+    """A layer under one adapter (or one a block of rows) and its part of a node; None where it must run alone."""
+    if "_old_forward" in module.__dict__ or "grafted_transposed" in module.__dict__:
         return None
-    levels = module._modules["adapters"].active(choice, LAYER)
-    kind = kind_of(module)
-    if len(levels) != 1 or kind is None:
+    holder, kind = module._modules["adapters"], kind_of(module)
+    routed = isinstance(choice, Routing)
+    levels = blocks(holder, choice.rows, LAYER) if isinstance(choice, Routing) else holder.active(choice, LAYER)
+    if kind is None or len(levels) != (len(x) if routed else 1):
         return None
-    level = levels[0]
-    host = kind(module, level.p)
-    correction = level.structure.correction(level.factors(), host)
+    host = kind(module, levels[0].p)
+    factors = stacked(levels) if routed else levels[0].factors()
+    correction = levels[0].structure.correction(factors, host)
     part = None if correction is None else host.part(correction, x)
     return None if part is None else (host, part)
 

@@ -13,6 +13,7 @@ from rankwise import structures
 from rankwise.errors import IncompatibleAxes, NotMergeable, RankError, TargetError
 from rankwise.host import Site
 from rankwise.ops import Dense, LinearOperator, Product
+from rankwise.ops.operator import Cost
 from rankwise.structures import (
     Additive,
     CrossGroup,
@@ -173,7 +174,9 @@ class Outside(Additive):
 
 
 class OneWay(LinearOperator):
-    """An operator whose ``mv`` forgets one output unit."""
+    """An operator whose ``mv``, said to be cheap, forgets one output unit."""
+
+    cost = Cost(apply=1, form=1)
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix

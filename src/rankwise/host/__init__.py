@@ -5,8 +5,8 @@ from torch import nn
 from rankwise.host.conv import ConvHost
 from rankwise.host.embedding import EmbeddingHost
 from rankwise.host.linear import Conv1DHost, LinearHost
-from rankwise.host.parameter import ParameterHost, TransposedHost
 from rankwise.host.norms import norm_of_rows
+from rankwise.host.parameter import ParameterHost, TransposedHost
 from rankwise.host.site import Adapted, Correction, Host, LayerHost, Site, Stored, Through
 
 LAYER = "layer"  # the slot of a layer's weight; that of a bare parameter is its name
@@ -25,6 +25,6 @@ def host_of(module: nn.Module, slot: str) -> LayerHost | ParameterHost:
 
 
 __all__ = [
-    "KINDS", "LAYER", "Adapted", "Conv1DHost", "ConvHost", "Correction", "EmbeddingHost", "Host", "LayerHost", "LinearHost",
-    "ParameterHost", "Site", "Stored", "Through", "TransposedHost", "host_of", "kind_of", "norm_of_rows",
+    "KINDS", "LAYER", "Adapted", "Conv1DHost", "ConvHost", "Correction", "EmbeddingHost", "Host", "LayerHost",
+    "LinearHost", "ParameterHost", "Site", "Stored", "Through", "TransposedHost", "host_of", "kind_of", "norm_of_rows",
 ]  # fmt: skip

@@ -54,10 +54,14 @@ class _MatrixHost(LayerHost):
         return Part(stored, pair.left, pair.right, scale, *correction[1:])
 
     def whole(self, op: LinearOperator, x: Tensor) -> Tensor | None:
-        plain = isinstance(self.storage, DenseWeight) and not self.module.weight.requires_grad
-        if not plain or self.dropout or torch.compiler.is_compiling() or not self._direct(op, x):
+        if (
+            not isinstance(self.storage, DenseWeight)
+            or self.dropout
+            or torch.compiler.is_compiling()
+            or not self._direct(op, x)
+        ):
             return None
-        if self._form(op, x) is not Form.WHOLE or any(t.dim() != 2 for t in leaves(op)):
+        if not self._direct(op, x) or self._form(op, x) is not Form.WHOLE or any(t.dim() != 2 for t in leaves(op)):
             return None
         return run_whole(x, self.matrix(self.module.weight), op)
 

@@ -37,10 +37,6 @@ class Dense(LinearOperator):
         return [g]
 
     @property
-    def rank(self) -> int | None:
-        return None
-
-    @property
     def cost(self) -> Cost:
         m, n = self.shape
         return Cost(m * n, 0)
@@ -65,13 +61,6 @@ class Diagonal(LinearOperator):
         return self
 
     def lower(self) -> LowRank | None:
-        return None
-
-    def gradients(self, g: Tensor) -> list[Tensor | None]:
-        return [g.diagonal(dim1=-2, dim2=-1)]
-
-    @property
-    def rank(self) -> int | None:
         return None
 
     @property
@@ -181,9 +170,6 @@ class Sum(LinearOperator):
             return None
         return LowRank(torch.cat([one.left, two.left], dim=-1), torch.cat([one.right, two.right], dim=-2))
 
-    def gradients(self, g: Tensor) -> list[Tensor | None]:
-        return gradients_of(self.first, lambda: g) + gradients_of(self.second, lambda: g)
-
     @property
     def rank(self) -> int | None:
         one, two = self.first.rank, self.second.rank
@@ -222,16 +208,6 @@ class Kronecker(LinearOperator):
         return Kronecker(self.left.T, self.right.T)
 
     def lower(self) -> LowRank | None:
-        return None
-
-    def gradients(self, g: Tensor) -> list[Tensor | None]:
-        (m1, n1), (m2, n2) = self.left.shape, self.right.shape
-        g = g.reshape(*g.shape[:-2], m1, m2, n1, n2)
-        left = gradients_of(self.left, lambda: (g * self.right.dense()[..., None, :, None, :]).sum((-3, -1)))
-        return left + gradients_of(self.right, lambda: (g * self.left.dense()[..., None, :, None]).sum((-4, -2)))
-
-    @property
-    def rank(self) -> int | None:
         return None
 
     @property
@@ -292,10 +268,11 @@ class BlockDiagonal(LinearOperator):
 
     def mv(self, x: Tensor) -> Tensor:
         k, b = self.blocks.shape[-3], self.blocks.shape[-1]
-        lead = x.shape[:-2] if self.blocks.dim() == 4 else ()  # all tokens as one dim: fewer, larger products
-        parts = x.reshape(*lead, -1, k, b).transpose(-2, -3)  # (*batch, k, T, b)
-        y = parts @ self.blocks.to(x.dtype).mT
-        return y.transpose(-2, -3).reshape(*x.shape[:-1], self.shape[0])
+        batched = self.blocks.dim() == 4
+        lead, x = x.shape[:-1], x if batched else x.flatten(0, -2)  # fewer, larger products
+        parts = x.unflatten(-1, (k, b)).transpose(-2, -3)  # (*batch, k, T, b)
+        y = (parts @ self.blocks.to(x.dtype).mT).transpose(-2, -3)
+        return y.flatten(-2) if batched else y.reshape(*lead, self.shape[0])
 
     def dense(self) -> Tensor:
         k = self.blocks.shape[-3]
@@ -308,15 +285,6 @@ class BlockDiagonal(LinearOperator):
         return BlockDiagonal(self.blocks.mT)
 
     def lower(self) -> LowRank | None:
-        return None
-
-    def gradients(self, g: Tensor) -> list[Tensor | None]:
-        k, c, b = self.blocks.shape[-3:]
-        blocks = g.reshape(*g.shape[:-2], k, c, k, b).diagonal(dim1=-4, dim2=-2)  # (*batch, c, b, k)
-        return [blocks.movedim(-1, -3)]
-
-    @property
-    def rank(self) -> int | None:
         return None
 
     @property

@@ -23,6 +23,9 @@ def costs(op: LinearOperator, tokens: int, together: bool) -> dict[Form, int]:
         op: (M, N).
         tokens: how many x has.
         together: whether W + op may be formed as one weight.
+
+    Returns:
+        The forms that op has, with their multiply-adds.
     """
     (m, n), (apply, form), rank = op.shape, op.cost, op.rank
     # formed in forward and in backward, its gradient g^T x taken through the same products twice

@@ -109,12 +109,13 @@ def _product(x: Tensor, weight: Tensor | None, frozen: Frozen | None, onto: Tens
     """``onto + x W^T``, in place."""
     if frozen is not None:
         return onto.add_(frozen.matmul(x))
+    assert weight is not None
     onto.view(-1, onto.shape[-1]).addmm_(_rows(x), weight.mT)
     return onto
 
 
 def _scaled_rows(y: Tensor, magnitude: Tensor, norm: Tensor, out: Tensor | None = None) -> Tensor:
-    """y with its rows (entries of the last dim) scaled by m/n, into ``out`` if given."""
+    """Y with its rows (entries of the last dim) scaled by m/n, into ``out`` if given."""
     scale = _nonzero(magnitude) / norm
     if y.dtype in (torch.bfloat16, torch.float16):  # m/n rounded to y's dtype would lose what m has learnt
         return torch.addcmul(y, y, (scale - 1).to(y.dtype).unsqueeze(-2), out=out)

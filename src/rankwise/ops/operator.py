@@ -61,18 +61,25 @@ class LinearOperator(ABC):
         """(left, right) with ``left @ right == dense()`` where the operator is exactly low rank."""
 
     @property
-    @abstractmethod
     def rank(self) -> int | None:
         """The inner size of ``lower()``, None where it has none."""
+        pair = self.lower()
+        return None if pair is None else pair.left.shape[-1]
 
     @property
-    @abstractmethod
     def cost(self) -> Cost:
         """What applying and forming it takes."""
+        m, n = self.shape
+        return Cost(m * n, m * n)
 
-    @abstractmethod
     def gradients(self, g: Tensor) -> list[Tensor | None]:
         """Of :func:`leaves`, from that of ``dense()`` (*batch, M, N); None where one needs no gradient."""
+        tensors = leaves(self)
+        with torch.enable_grad():
+            dense = self.dense()
+        needed = [t for t in tensors if t.requires_grad]
+        found = iter(torch.autograd.grad(dense, needed, g, create_graph=torch.is_grad_enabled()))
+        return [next(found) if t.requires_grad else None for t in tensors]
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the matrix, the embedding look-up: index (*batch, T) -> (*batch, T, N)."""
@@ -93,14 +100,10 @@ def leaves(op: LinearOperator) -> list[Tensor]:
     return found
 
 
-def trained(op: LinearOperator) -> bool:
-    """Whether any of the tensors needs a gradient."""
-    return any(t.requires_grad for t in leaves(op))
-
-
 def gradients_of(op: LinearOperator, g: Callable[[], Tensor]) -> list[Tensor | None]:
     """``op.gradients(g())``; g is not even made where nothing needs it."""
-    return op.gradients(g()) if trained(op) else [None] * len(leaves(op))
+    tensors = leaves(op)
+    return op.gradients(g()) if any(t.requires_grad for t in tensors) else [None] * len(tensors)
 
 
 def with_leaves(op: LinearOperator, tensors: Iterator[Tensor]) -> LinearOperator:

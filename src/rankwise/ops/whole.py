@@ -19,7 +19,7 @@ def run(x: Tensor, weight: Tensor, op: LinearOperator) -> Tensor:
 
     Args:
         x: (*batch, T, N), of W's dtype.
-        weight: W (M, N), frozen.
+        weight: W (M, N).
         op: (M, N), without a batch.
 
     Returns:
@@ -60,4 +60,5 @@ class _Whole(Function):
                 dx.view(-1, dx.shape[-1]).addmm_(g.reshape(-1, g.shape[-1]), weight)
         dense = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
         found = op.gradients(dense.to(tensors[-1].dtype))
-        return None, dx, None, *(f if need else None for f, need in zip(found, ctx.needs_input_grad[3:], strict=True))
+        dw = dense if ctx.needs_input_grad[2] else None
+        return None, dx, dw, *(f if need else None for f, need in zip(found, ctx.needs_input_grad[3:], strict=True))
