@@ -99,19 +99,22 @@ def _apart(h: Tensor, factors: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
     return (h,) if len(factors) == 1 else torch.split_with_sizes(h, [f.shape[-2] for f in factors], dim)
 
 
-def _narrow(seen: Tensor, rights: Sequence[Tensor], fixed: Sequence[Any]) -> list[Tensor]:
-    """``s drop(x) right^T`` of every part."""
-    h = seen @ _stacked(rights, seen).mT
-    return [h if f[1] == 1 else h * f[1] for h, f in zip(_apart(h, rights, -1), fixed, strict=True)]
+def _narrow(seen: Tensor, rights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """``drop(x) right^T`` of every part."""
+    return _apart(seen @ _stacked(rights, seen).mT, rights, -1)
 
 
-def _product(x: Tensor, weight: Tensor | None, frozen: Frozen | None, onto: Tensor) -> Tensor:
-    """``onto + x W^T``, in place."""
+def _product(x: Tensor, weight: Tensor | None, frozen: Frozen | None, onto: Tensor, scale: float) -> Tensor:
+    """``scale onto + x W^T``, in place."""
     if frozen is not None:
-        return onto.add_(frozen.matmul(x))
+        return (onto if scale == 1 else onto.mul_(scale)).add_(frozen.matmul(x))
     assert weight is not None
-    onto.view(-1, onto.shape[-1]).addmm_(_rows(x), weight.mT)
+    onto.view(-1, onto.shape[-1]).addmm_(_rows(x), weight.mT, beta=scale)
     return onto
+
+
+def _times(scale: float, x: Tensor) -> Tensor:
+    return x if scale == 1 else x * scale
 
 
 def _scaled_rows(y: Tensor, magnitude: Tensor, norm: Tensor, out: Tensor | None = None) -> Tensor:
@@ -138,12 +141,12 @@ class _Fused(Function):
     def forward(ctx: Any, how: Any, x: Tensor, rows: Any, cols: Any, *tensors: Any) -> tuple[Tensor, ...]:
         dropout, fixed = how
         keep = _keep(rows, cols, dropout)
-        narrow = _narrow(x if keep is None else torch.where(keep, x, 0), tensors[2::EACH], fixed)
+        narrow = _narrow(x if keep is None else torch.where(keep, x, 0), tensors[2::EACH])
         outs, kept = [], []
-        for i, ((frozen, _, recompute), h) in enumerate(zip(fixed, narrow, strict=True)):
+        for i, ((frozen, scale, recompute), h) in enumerate(zip(fixed, narrow, strict=True)):
             weight, left, _, magnitude, norm = tensors[EACH * i : EACH * i + EACH]
             # the thin product first: the large one adds to it
-            y = _product(x, weight, frozen, h @ _cast(left, x).mT)
+            y = _product(x, weight, frozen, h @ _cast(left, x).mT, scale)
             if magnitude is not None:
                 _scaled_rows(y, magnitude, norm, out=y)
             outs.append(y)
@@ -161,7 +164,7 @@ class _Fused(Function):
         rights, keep = tensors[2::EACH], _keep(rows, cols, dropout)
         seen = x if keep is None else torch.where(keep, x, 0)
         if torch.is_grad_enabled():  # a saved intermediate is a constant to a second backward
-            narrow = _narrow(seen, rights, fixed)
+            narrow = _narrow(seen, rights)
         flat = _rows if rights[0].dim() == 2 else Tensor.contiguous
         found: list[Tensor | None] = [None] * (4 + EACH * n)
         needs = ctx.needs_input_grad
@@ -175,15 +178,14 @@ class _Fused(Function):
                 continue
             if magnitude is not None:
                 if outs[i] is None:
-                    y = _product(x, weight, frozen, h @ _cast(left, x).mT)
+                    y = _product(x, weight, frozen, h @ _cast(left, x).mT, scale)
                     found[at + 3] = _over_tokens(g * y, norm) / norm
                 else:  # the output is m/n times that
                     found[at + 3] = _over_tokens(g * outs[i], norm) / _nonzero(magnitude)
                 g = _scaled_rows(g, magnitude, norm)
-            back = g @ _cast(left, g)
-            backs.append(back if scale == 1 else back * scale)
+            backs.append(_times(scale, g @ _cast(left, g)))
             g = flat(g)
-            found[at + 1] = _cast(g.mT @ flat(h), left)
+            found[at + 1] = _times(scale, _cast(g.mT @ flat(h), left))
             if needs[at]:
                 found[at] = _rows(g).mT @ _rows(x)
             wide.append((_rows(g), weight, frozen))
