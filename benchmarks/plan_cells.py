@@ -36,6 +36,7 @@ WIDTH: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 704, "num_hidd
 GROUPED: dict[str, Any] = {**WIDTH, "num_key_value_heads": 4, "max_position_embeddings": 1024}
 MODELS: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(vocab_size=4096, **GROUPED),
+    "large vocabulary": lambda: transformers.LlamaConfig(vocab_size=65536, **GROUPED),  # the loss goes in chunks
     "qwen3, tied": lambda: transformers.Qwen3Config(vocab_size=16384, head_dim=32, tie_word_embeddings=True, **GROUPED),
     "gemma3, sliding": lambda: transformers.Gemma3TextConfig(
         vocab_size=8192,
@@ -89,6 +90,8 @@ CELLS = [
     Cell("llama", "lora", 4, 128, settings={"base": "nf4"}),
     Cell("llama", "dora", 4, 128, settings={"base": "nf4", **CHECKPOINTED}),
     Cell("llama", "lora", 4, 128, settings={"base": "int8"}),
+    Cell("large vocabulary", "lora", 4, 256),
+    Cell("large vocabulary", "dora", 2, 512, "bfloat16", CHECKPOINTED),
     Cell("qwen3, tied", "lora", 4, 128),
     Cell("qwen3, tied", "dora", 2, 256, "bfloat16", CHECKPOINTED),
     Cell("gemma3, sliding", "lora", 4, 128),

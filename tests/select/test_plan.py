@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from benchmarks.plan_cells import CELLS, folder_of, measured, planned
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 import rankwise as rw
 from rankwise.errors import DataError, DoesNotFit, ModelFileError, PlanError, UnknownName
@@ -80,6 +80,7 @@ def test_operations_are_those_of_a_real_step():
     back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     attention = {
         cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        torch.ops.aten.addmm_: lambda y, a, b, **_: addmm_flop(y, a, b),
         back: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
     }
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:

@@ -24,11 +24,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from rankwise.attachment import Adapter
+from rankwise.hf.deferred import DeferredLogits, deferred_logits
 
 _ATEN = torch.ops.aten
 KINDS = ("weights", "factors", "optimizer", "gradients", "activations", "temporaries")
 _LOOKUPS = {_ATEN.embedding, _ATEN.index, _ATEN.index_select, _ATEN.gather}  # these read what they return, no more
-_SAME_WORK = {  # the CPU's attention is missing from torch 2.13's table
+_SAME_WORK = {  # products in place and the CPU's attention are missing from torch 2.13's table
+    _ATEN.addmm_: _ATEN.addmm,
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _ATEN._scaled_dot_product_flash_attention_backward,
 }
@@ -90,6 +92,7 @@ class Ledger(TorchDispatchMode):
             return self.full
         out = _run(func, *args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        made = [t for t in made if getattr(t, "fake_device", t.device).type != "meta"]
         for tensor in made:
             self.note(tensor)
         if made and not func.is_view:
@@ -120,7 +123,7 @@ class Footprint:
         held: bytes by kind between two steps.
         gradients: bytes of the factors' gradients.
         saved: bytes that the forward pass leaves for the backward pass.
-        logits: bytes of the model's output.
+        logits: bytes of the model's output; none where the loss takes it in chunks.
         file: bytes of the adapter's tensors in its file.
         work: (floating-point operations, bytes moved, dtype) of a kernel -> how often it runs.
     """
@@ -181,8 +184,11 @@ def footprint(
         gc.collect()
         ledger.restart()
         held = ledger.live.copy()
-        output = model(**inputs)
-        loss, logits = output.loss, output.logits.numel() * output.logits.element_size()
+        with deferred_logits(model):  # as the trainer does
+            output = model(**inputs)
+        loss = output.loss
+        whole = not isinstance(output.logits, DeferredLogits) or output.logits.computed is not None
+        logits = output.logits.numel() * output.logits.element_size() if whole else 0
         del output
         saved, ledger.kind = ledger.live["activations"], "temporaries"
         loss.backward()
