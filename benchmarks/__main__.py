@@ -18,7 +18,9 @@ from benchmarks.paired import conditions, fixed_allocator
 from benchmarks.step_time import show, step_cell
 
 GROUPS = ("step", "compiled", "memory", "life", "together")
-EVERY = ("lora", "rslora", "dora", "pissa", "adalora", "loha", "loha@8", "lokr", "hira", "oft", "oft_exact")
+EVERY = (
+    "lora", "rslora", "dora", "dora_again", "pissa", "adalora", "loha", "loha@8", "lokr", "hira", "oft", "oft_exact",
+)  # fmt: skip
 Cell = tuple[Case, dict[str, Any]]
 
 

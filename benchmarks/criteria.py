@@ -138,7 +138,8 @@ CRITERIA = [
             ("LoRA", 0.64, "lora", 0.0, "packed"),
             ("LoRA with dropout", 0.45, "lora", 0.05, "packed"),
             ("DoRA", 0.35, "dora", 0.0, "packed"),
-            ("DoRA, only what is held when backward begins,", 0.35, "dora", 0.0, "saved"),
+            ("DoRA, output recomputed,", 0.35, "dora_again", 0.0, "packed"),
+            ("DoRA, output recomputed, what is held when backward begins", 0.35, "dora_again", 0.0, "saved"),
         )
     ),
     Criterion("8 adapters together over one adapter", 1.15, together, "python -m benchmarks --only together"),

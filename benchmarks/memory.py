@@ -104,9 +104,12 @@ def cells(quick: bool, device: str) -> list[tuple[Case, tuple[str, ...]]]:
     if quick:
         return [(Case(128, "bfloat16", layers=2, device=device), ("lora", "dora"))]
     bf16, fp32 = "bfloat16", "float32"
-    every = ("lora", "dora", "adalora", "loha", "lokr", "hira", "oft")
+    every = ("lora", "dora", "dora_again", "adalora", "loha", "lokr", "hira", "oft")
     return [
-        *((Case(h, bf16, device=device), every if h == 256 else ("lora", "dora")) for h in (256, 512, 1024)),
+        *(
+            (Case(h, bf16, device=device), every if h == 256 else ("lora", "dora", "dora_again"))
+            for h in (256, 512, 1024)
+        ),
         *((Case(h, bf16, dropout=0.05, device=device), ("lora", "dora")) for h in (256, 512)),
         (Case(256, fp32, device=device), ("lora", "dora")),
     ]

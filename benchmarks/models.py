@@ -76,6 +76,7 @@ METHODS = {
     "lora": Method(partial(rw.recipe, "lora"), _lora(), drops=True),
     "rslora": Method(lambda rank, **more: rw.recipe("rslora", rank=rank, alpha=rank, **more), _lora(use_rslora=True)),
     "dora": Method(partial(rw.recipe, "dora"), _lora(use_dora=True), drops=True),
+    "dora_again": Method(partial(rw.recipe, "dora", recompute=True), _lora(use_dora=True), drops=True),
     "pissa": Method(partial(rw.recipe, "pissa"), _lora(init_lora_weights="pissa"), starts=True),
     "adalora": Method(partial(rw.recipe, "svd"), _adalora, drops=True),
     "loha": Method(

@@ -397,3 +397,52 @@ def test_both_trades_of_a_magnitude_agree(recompute):
     want = x @ factors.structure.weight(factors.factors(), model.weight).mT
     for one, two in zip(found, torch.autograd.grad(want, [x, *adapter.parameters()], g), strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize(
+    ("layer", "structure", "x"),
+    [
+        (nn.Conv2d(4, 6, 3), LoRA(2), torch.randn(2, 4, 8, 8)),
+        (nn.Linear(16, 16), rw.structures.LoKr(2), torch.randn(2, 3, 16)),
+        (nn.Linear(16, 16), LoRA(2), torch.randn(2, 3, 16)),
+    ],
+    ids=["conv", "lokr", "linear"],
+)
+def test_dropout_keeps_no_copy_of_the_input(layer, structure, x):
+    torch.manual_seed(0)
+    layer = nn.Sequential(copy.deepcopy(layer))
+    adapter = moved(layer, rw.Recipe(structure, dropout=0.5, sites=rw.Sites(targets=("0",))))
+    layer.train()
+    x = x.clone().requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert {t.data_ptr() for t in saved if t.shape == x.shape and t.is_floating_point()} <= {x.data_ptr()}
+    assert not any(t.dtype == torch.bool for t in saved)
+    y.sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+    state = torch.random.get_rng_state()
+    one = layer(x)
+    torch.random.set_rng_state(state)
+    assert torch.equal(one, layer(x))
+    assert not torch.equal(one, layer(x))
+
+
+@pytest.mark.parametrize("structure", [LoRA(2), Magnitude(LoRA(2)), HiRA(2)], ids=str)
+def test_autocast_gives_what_the_casts_give(structure):
+    """Under autocast a bfloat16 base has the node, a float32 base autocast's own products."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32)
+    for dtype in (torch.bfloat16, torch.float32):
+        layer = nn.Linear(32, 32).to(dtype)
+        moved(layer, rw.Recipe(structure))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x.to(dtype))
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        factors = next(iter(layer.adapters.default.children()))
+        w = factors.structure.weight({k: f.double() for k, f in factors.factors().items()}, layer.weight.double())
+        want = x.to(dtype).double() @ w.mT + layer.bias.double()
+        assert (y.double() - want).norm() < 2**-6 * want.norm()
+        if dtype == torch.bfloat16:
+            assert torch.equal(y, layer(x.to(dtype)))

@@ -70,7 +70,7 @@ def rslora(rank: int = 16, alpha: float = 16.0, **axes: Any) -> Recipe:
     return _recipe(axes, "rslora", 1e-3, LoRA(rank, alpha, "alpha/sqrt(r)"), "Kalajdzievski 2023, arXiv 2312.03732")
 
 
-def dora(rank: int = 16, alpha: float | None = None, **axes: Any) -> Recipe:
+def dora(rank: int = 16, alpha: float | None = None, recompute: bool = False, **axes: Any) -> Recipe:
     """DoRA: ``diag(m / |W'|) W'`` with W' = W + s B A, |W'| the norms of its rows.
 
     Parameters per layer: r (out + in) + out. Law: identity at the start up to rounding.
@@ -78,6 +78,7 @@ def dora(rank: int = 16, alpha: float | None = None, **axes: Any) -> Recipe:
     Args:
         rank: r; DoRA is said to work with half of LoRA's.
         alpha: numerator of the scale; None for r.
+        recompute: make each layer's output again in backward instead of saving it: less memory, more time.
         **axes: other axes of :class:`rankwise.Recipe`.
 
     Returns:
@@ -87,7 +88,7 @@ def dora(rank: int = 16, alpha: float | None = None, **axes: Any) -> Recipe:
         Liu et al. 2024, arXiv 2402.09353. Deviation: under dropout only the update's input is
         dropped, not the base's.
     """
-    return _recipe(axes, "dora", 2e-3, Magnitude(_lora(rank, alpha)), "Liu et al. 2024, arXiv 2402.09353")
+    return _recipe(axes, "dora", 2e-3, Magnitude(_lora(rank, alpha), recompute), "Liu et al. 2024, arXiv 2402.09353")
 
 
 def pissa(rank: int = 16, alpha: float | None = None, iterations: int | None = None, **axes: Any) -> Recipe:

@@ -83,7 +83,7 @@ def test_operations_are_those_of_a_real_step():
         torch.ops.aten.addmm_: lambda y, a, b, **_: addmm_flop(y, a, b),
         back: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
     }
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter, rw.hf.deferred_logits(model):
         model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss.backward()
     assert made.to_dict()["flops"] == counter.get_total_flops()
 

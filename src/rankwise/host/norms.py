@@ -52,8 +52,9 @@ def factored_row_norm(parameter: Tensor, w: Tensor, op: LinearOperator) -> Tenso
         return dense_row_norm(w, op)  # what has cancelled below is known by its values, which a tracer has not
     base = _of_base(parameter, w)
     left, right = pair.left.to(base.dtype), pair.right.to(base.dtype)
-    mixed = (w @ right.to(w.dtype).mT).to(base.dtype)  # W A^T
-    mixed = 2 * mixed + left @ (right @ right.mT)
+    with torch.autocast(w.device.type, enabled=False):  # its dtype would round the norms
+        mixed = (w @ right.to(w.dtype).mT).to(base.dtype)  # W A^T
+        mixed = 2 * mixed + left @ (right @ right.mT)
     squared = base.square() + (mixed * left).sum(-1)
     found = squared.clamp_min(0).sqrt()
     if isinstance(w, FakeTensor):

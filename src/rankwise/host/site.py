@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rankwise.host.norms import dense_row_norm
 from rankwise.ops import Dense, LinearOperator
@@ -126,7 +127,14 @@ class Host(ABC):
         if magnitude is not None and norm is not None:
             return self.scale_rows(magnitude / norm, lambda x: self.plus(Correction(op), x), x)
         y = self.whole(op, x)
-        return self(x) + self.mv(op, self.drop(x)) if y is None else y
+        return self(x) + self._dropped(op, x) if y is None else y
+
+    @final
+    def _dropped(self, op: LinearOperator, x: Tensor) -> Tensor:
+        """The correction alone. Under dropout it runs again in backward, so that x is kept but no copy of it."""
+        if not (self.dropout and torch.is_grad_enabled() and x.is_floating_point()):
+            return self.mv(op, self.drop(x))
+        return checkpoint(lambda x: self.mv(op, self.drop(x)), x, use_reentrant=False)
 
     @final
     def drop(self, x: Tensor) -> Tensor:

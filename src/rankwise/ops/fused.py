@@ -72,6 +72,7 @@ def run(x: Tensor, parts: Sequence[Part], dropout: float = 0.0) -> tuple[Tensor,
     return _Fused.apply((dropout, fixed), x, rows, cols, *tensors)
 
 
+HALF = (torch.bfloat16, torch.float16)
 EACH = 5  # tensors of a part: weight, left, right, magnitude, norm
 
 
@@ -120,7 +121,7 @@ def _times(scale: float, x: Tensor) -> Tensor:
 def _scaled_rows(y: Tensor, magnitude: Tensor, norm: Tensor, out: Tensor | None = None) -> Tensor:
     """Y with its rows (entries of the last dim) scaled by m/n, into ``out`` if given."""
     scale = _nonzero(magnitude) / norm
-    if y.dtype in (torch.bfloat16, torch.float16):  # m/n rounded to y's dtype would lose what m has learnt
+    if y.dtype in HALF:  # m/n rounded to y's dtype would lose what m has learnt
         return torch.addcmul(y, y, (scale - 1).to(y.dtype).unsqueeze(-2), out=out)
     return torch.mul(y, scale.to(y.dtype).unsqueeze(-2), out=out)
 
@@ -151,6 +152,8 @@ class _Fused(Function):
                 _scaled_rows(y, magnitude, norm, out=y)
             outs.append(y)
             kept.append(None if magnitude is None or recompute else y)
+        if x.dtype in HALF:  # where memory is what one trains in half precision for, h is made again
+            narrow = ()
         ctx.save_for_backward(x, rows, cols, *tensors, *kept, *narrow)
         ctx.how = how
         ctx.set_materialize_grads(False)
@@ -163,7 +166,7 @@ class _Fused(Function):
         tensors, outs, narrow = rest[: EACH * n], rest[EACH * n : EACH * n + n], rest[EACH * n + n :]
         rights, keep = tensors[2::EACH], _keep(rows, cols, dropout)
         seen = x if keep is None else torch.where(keep, x, 0)
-        if torch.is_grad_enabled():  # a saved intermediate is a constant to a second backward
+        if not narrow or torch.is_grad_enabled():  # a saved intermediate is a constant to a second backward
             narrow = _narrow(seen, rights)
         flat = _rows if rights[0].dim() == 2 else Tensor.contiguous
         found: list[Tensor | None] = [None] * (4 + EACH * n)
