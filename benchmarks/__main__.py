@@ -1,7 +1,8 @@
 """Measure speed and memory: ``python -m benchmarks [--quick] [--only step,memory,...] [--device cuda]``.
 
 Writes OUT/results.json after every cell, and OUT/benchmarks.md with plots at the end. The page of the
-manual is made from kept results: ``python -m benchmarks.report OUT/results.json``.
+manual is made from kept results: ``python -m benchmarks.report OUT/results.json``. A model of the shape
+of Llama-3-8B on a GPU has a table of its own: ``python -m benchmarks.large``.
 """
 
 import argparse

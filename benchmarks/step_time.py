@@ -85,10 +85,10 @@ def hira_bound(base: nn.Module, case: Case, name: str, adapter: Any) -> nn.Modul
     return model
 
 
-def build(case: Case, methods: Sequence[str], full: bool) -> dict[str, Any]:
-    """The variants of a cell by name, each checked against its counterpart."""
+def build(case: Case, methods: Sequence[str], full: bool, base: Any = None) -> dict[str, Any]:
+    """The variants of a cell by name, each checked against its counterpart; on a base given, if one is."""
     torch.manual_seed(0)
-    base = models.llama(case)
+    base = models.llama(case) if base is None else base
     found: dict[str, Any] = {"floor": base}
     if full:
         found["full"] = models.full(base)

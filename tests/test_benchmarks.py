@@ -1,5 +1,6 @@
 """The benchmark's own measure: its statistics on known data, and that every group runs on a tiny cell."""
 
+import json
 import random
 
 import pytest
@@ -8,11 +9,11 @@ from torch import nn
 
 peft = pytest.importorskip("peft")
 
-from benchmarks import criteria, memory, report, together  # noqa: E402
+from benchmarks import criteria, large, memory, report, together  # noqa: E402
 from benchmarks.__main__ import EVERY  # noqa: E402
 from benchmarks.models import Case, batch, forward, llama  # noqa: E402
 from benchmarks.paired import Rounds, conditions, interval, measure, overhead, ratio  # noqa: E402
-from benchmarks.step_time import share, step_cell  # noqa: E402
+from benchmarks.step_time import build, share, step_cell  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT
 
@@ -140,3 +141,51 @@ def test_a_criterion_is_judged_by_the_worse_end_of_its_worst_cell():
     narrow, wide = (v for text, v in verdicts.items() if text.startswith(criteria.LORA) and "float32" in text)
     assert (narrow.holds, wide.holds) == (False, True)
     assert verdicts["LoKr's step over our LoRA's"].holds is None
+
+
+def test_table_of_the_large_model_runs_as_a_stand_in(tmp_path, capsys):
+    large.main(["--device", "cpu", "--quick", "--rounds", "3", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "large.json").read_text())
+    printed = capsys.readouterr().out
+    assert found["stand_in"] and "A STAND-IN" in printed and found["roofline_device"]["name"] in printed
+    assert list(found["methods"]) == ["lora", "dora"]
+    for name, row in found["methods"].items():
+        variants, ours = row["variants"], row["variants"][f"rankwise {name}"]
+        assert set(variants) == {f"{who} {name}" for who in ("rankwise", "peft", "peft-own-dtype")}
+        for variant, own in variants.items():
+            assert variant in printed and own["peak_bytes"] > 0
+            assert own["trained"] == ours["trained"] and own["loss"] == pytest.approx(ours["loss"], rel=0.05)
+            assert own["optimizer_bytes"] >= 2 * own["trained"] * (2 if "own-dtype" in variant else 4)
+            assert own["in_all_bytes"] == own["model_bytes"] + own["above_model_bytes"]
+            assert 0 < own["tokens_per_second"]["low"] <= own["tokens_per_second"]["high"]
+            assert own["tokens_per_second"]["value"] == pytest.approx(64 / own["seconds"]["value"])
+            if own is not ours:
+                assert own["time_of_ours"]["low"] <= own["time_of_ours"]["value"] <= own["time_of_ours"]["high"]
+                assert own["memory_of_ours"] == ours["in_all_bytes"] / own["in_all_bytes"]
+        roofline = row["roofline"]
+        assert 0 < roofline["seconds"] == pytest.approx(64 / roofline["tokens_per_second"])
+        assert roofline["planned_bytes"] == pytest.approx(ours["in_all_bytes"], rel=0.1)
+
+
+def test_all_variants_of_the_large_model_hold_one_base_in_its_dtype():
+    base = large.llama(large.STAND_IN)
+    own = {p.data_ptr() for p in base.parameters()}
+    assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
+    for model in build(large.STAND_IN, ("dora",), full=False, base=base).values():
+        assert {p.data_ptr() for p in model.parameters() if not p.requires_grad} == own
+
+
+def test_large_model_has_the_shape_of_llama_3_8b():
+    made = large.llama(Case(**{**large.LARGE.__dict__, "device": "meta"}))
+    assert sum(p.numel() for p in made.parameters()) == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100-80gb"), ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L40S", "l40s"), ("NVIDIA H200 MIG 1g.18gb", None), ("NVIDIA A100 80GB PCIe", None),
+    ],
+)  # fmt: skip
+def test_gpu_is_looked_up_only_by_a_name_that_means_it(name, key):
+    assert getattr(large.device_named(name), "name", None) == key
