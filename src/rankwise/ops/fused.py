@@ -120,10 +120,16 @@ def _times(scale: float, x: Tensor) -> Tensor:
 
 def _scaled_rows(y: Tensor, magnitude: Tensor, norm: Tensor, out: Tensor | None = None) -> Tensor:
     """Y with its rows (entries of the last dim) scaled by m/n, into ``out`` if given."""
-    scale = _nonzero(magnitude) / norm
-    if y.dtype in HALF:  # m/n rounded to y's dtype would lose what m has learnt
-        return torch.addcmul(y, y, (scale - 1).to(y.dtype).unsqueeze(-2), out=out)
-    return torch.mul(y, scale.to(y.dtype).unsqueeze(-2), out=out)
+    scale = (_nonzero(magnitude) / norm).unsqueeze(-2)
+    if y.dtype not in HALF:
+        return torch.mul(y, scale.to(y.dtype), out=out)
+    # m/n rounded to y's dtype would lose what m has learnt: y is multiplied by 1, or by that, and then by the rest
+    high = torch.ones((), dtype=y.dtype, device=y.device)
+    if y.device.type != "cpu" or torch.compiler.is_compiling() or (scale < 0.5).any():
+        high = scale.to(y.dtype)
+        y = torch.mul(y, high, out=out)
+    rest = torch.where(high == 0, 0, scale / high - 1).to(y.dtype)
+    return torch.addcmul(y, y, rest, out=out)
 
 
 def _nonzero(magnitude: Tensor) -> Tensor:

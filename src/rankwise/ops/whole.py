@@ -39,7 +39,8 @@ class _Whole(Function):
     def forward(ctx: Any, op: LinearOperator, x: Tensor, weight: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, *tensors)
         ctx.op = op
-        update = op.dense().to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # formed as backward forms it
+            update = op.dense().to(x.dtype)
         if together(x):
             return x @ (weight + update).mT
         y = x @ update.mT
