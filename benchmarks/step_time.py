@@ -113,9 +113,14 @@ def compiled(model: Any) -> Any:
 
 
 def step_cell(
-    case: Case, methods: Sequence[str] = ("lora",), rounds: int = 31, full: bool = False, compile: bool = False
+    case: Case,
+    methods: Sequence[str] = ("lora",),
+    rounds: int = 31,
+    full: bool = False,
+    compile: bool = False,
+    least: int = 1,
 ) -> dict[str, Any]:
-    """Measure one cell: one interleaved set of variants."""
+    """Measure one cell: one interleaved set of variants, ``least`` times a round."""
     torch.set_num_threads(case.threads)
     found = build(case, methods, full)
     given = models.batch(case)
@@ -123,12 +128,13 @@ def step_cell(
         name: models.stepper(compiled(model) if compile else model, given) for name, model in found.items()
     }
     run["linears"] = linears(found["floor"], case)
-    seen = measure(run, rounds, least=3)
+    seen = measure(run, rounds, least=least)
     row = {
         "case": asdict(case),
         "compiled": compile,
-        "command": command(case, methods, rounds, full, compile),
+        "command": command(case, methods, rounds, full, compile, least),
         "rounds": rounds,
+        "least": least,
         "cpu_over_wall": quiet(seen),
         "arithmetic_share": share(found["floor"], case.rank),
         "trained": {
@@ -142,13 +148,14 @@ def step_cell(
     return row
 
 
-def command(case: Case, methods: Sequence[str], rounds: int, full: bool, compile: bool) -> str:
+def command(case: Case, methods: Sequence[str], rounds: int, full: bool, compile: bool, least: int) -> str:
     """What measures this cell alone."""
     short = {long: name for name, long in DTYPES.items() if name != long}
     plain = Case()
     options = {"dropout": case.dropout, "layers": case.layers, "tokens": case.tokens, "device": case.device}
     words = [f"--hidden {case.hidden} --dtype {short[case.dtype]} --rank {case.rank} --threads {case.threads}"]
     words += [f"--{name} {value}" for name, value in options.items() if value != getattr(plain, name)]
+    words += [f"--least {least}"] if least > 1 else []
     words += [f"--{name}" for name, on in (("full", full), ("compile", compile)) if on]
     return f"python -m benchmarks.step_time {' '.join(words)} --methods {','.join(methods)} --rounds {rounds}"
 
@@ -198,6 +205,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--methods", default="lora", help=f"of {', '.join(models.METHODS)}; loha@8 for another rank")
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--least", type=int, default=1, help="times a round, of which the least counts")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=1)
@@ -213,7 +221,7 @@ def main() -> None:
         args.hidden, DTYPES[args.dtype], args.rank, args.dropout, args.threads, args.layers,
         tokens=args.tokens, device=args.device,
     )  # fmt: skip
-    row = step_cell(case, args.methods.split(","), args.rounds, args.full, compile=args.compile)
+    row = step_cell(case, args.methods.split(","), args.rounds, args.full, args.compile, args.least)
     print(show(row, "wall" if args.device == "cuda" else args.clock))
 
 

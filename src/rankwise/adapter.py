@@ -95,6 +95,7 @@ class Registry:
     """What the grafted modules of one model share."""
 
     activity: Activity = field(default_factory=Activity)
+    generation: int = 0  # how often an adapter came or went
     adapters: dict[str, Any] = field(default_factory=dict)  # name -> rankwise.attachment.Adapter
 
 

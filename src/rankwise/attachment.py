@@ -108,7 +108,7 @@ class Adapter(Mapping[str, dict[str, Tensor]]):
         modules = dict(self.model.named_modules())
         for path in {path for placement in self.placements for path, _, _ in placement.carriers}:
             remove(modules[path], self.name)
-        introduce(modules, self.placements)
+        introduce(modules, self.placements, registry)
         registry.adapters.pop(self.name, None)
         if isinstance(choice := registry.activity.choice, tuple):
             registry.activity.choice = tuple(n for n in choice if n != self.name)
@@ -214,7 +214,7 @@ def install(
             put(module, name, slot, factors, registry)
             if transposed:
                 module.__dict__["grafted_transposed"] = True
-    introduce(modules, placements)
+    introduce(modules, placements, registry)
     adapter = Adapter(name, model, recipe, placements, sites)
     registry.adapters[name] = adapter
     hide_from_checkpoints(model)

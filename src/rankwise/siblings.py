@@ -1,34 +1,47 @@
 """Layers that read one tensor (q, k, v; gate, up) run as one node: x is saved once, its gradient is made in one place.
 
-The first of them to be called computes the outputs of all and keeps the others' until they are called with the same
-tensor; each still runs its own ``forward``, so hooks see what they always saw. Which layers these are is read off
-their names once, at attach: a run that is resumed must group as the first one did.
+A layer without such siblings is a family of one. The first member to be called computes the outputs of all and keeps
+the others' until they are called with the same tensor; each still runs its own ``forward``, so hooks see what they
+always saw. Which layers these are is read off their names once, at attach: a run that is resumed must group as the
+first one did.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.activity import Choice, Routing
-from rankwise.adapter import Placement, blocks, stacked
-from rankwise.host import LAYER, LayerHost, kind_of
-from rankwise.ops.fused import Part
-from rankwise.ops.fused import run as fused
+from rankwise.adapter import Placement, Registry, blocks, stacked
+from rankwise.host import LAYER, Conv1DHost, LayerHost, LinearHost, kind_of
+from rankwise.ops.fused import Bundle, Part
 
 NAMES = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"),
     ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"), ("q_a_proj", "kv_a_proj_with_mqa"),
 )  # fmt: skip
+LINEAR = (LinearHost, Conv1DHost)
 CROSS = ("cross", "encdec", "encoder_attn")  # attention whose queries read another tensor than its keys
+
+
+class _Plan(NamedTuple):
+    """What the members run as one node, and what has to be as it was for that to hold."""
+
+    then: tuple[Any, ...]
+    same: list[tuple[dict[str, Any], str, Any]]  # a mapping, a name in it, and the object that was there
+    hosts: dict[nn.Module, LayerHost]
+    bundle: Bundle
+
+    def holds(self, now: tuple[Any, ...]) -> bool:
+        return self.then == now and all(mapping[name] is there for mapping, name, there in self.same)
 
 
 @final
 class Siblings:
-    """The adapted layers of one module that read the same tensor.
+    """The adapted layers of one module that read the same tensor, or one layer alone.
 
     Args:
         members: the layers, in the order of their names.
@@ -39,6 +52,7 @@ class Siblings:
         self._forget()
 
     def _forget(self) -> None:
+        self._plan: _Plan | None = None
         self._ready: dict[nn.Module, tuple[LayerHost, Tensor]] = {}
         self._x: Tensor | None = None
         self._then: tuple[Choice, int] | None = None
@@ -50,44 +64,72 @@ class Siblings:
         self.members = state["members"]
         self._forget()
 
-    def output(self, module: nn.Module, choice: Choice, x: Tensor) -> Tensor | None:
-        """A member's output at x, None where it has to run alone."""
+    def output(self, module: Any, choice: Choice, x: Tensor) -> Tensor | None:
+        """A member's output at x, None where it cannot run as a node."""
         if not torch.is_grad_enabled():
             return None
-        now = (choice, 0 if torch.compiler.is_compiling() else x._version)
+        traced = torch.compiler.is_compiling()
+        now = (choice, 0 if traced else x._version)
         if module not in self._ready or self._x is not x or self._then != now:
-            self._forget()
-            self._run(module, choice, x)
+            self._run(module, choice, x, traced)
             self._then = now
         found = self._ready.pop(module, None)
         if not self._ready:
             self._x = None
         return None if found is None else found[0].finish(x, found[1])
 
-    def _run(self, module: nn.Module, choice: Choice, x: Tensor) -> None:
-        """Run the members that can go together with ``module``, if it can itself."""
-        seen = x
+    def _run(self, module: Any, choice: Choice, x: Tensor, traced: bool) -> None:
+        """Run the members, if ``module`` can be among them."""
+        self._ready, seen = {}, x
+        registry = module._modules["adapters"].registry
         if isinstance(choice, Routing):
-            holder: Any = module._modules["adapters"]
-            levels = blocks(holder, choice.rows, LAYER) if x.dim() == 3 else []
+            levels = blocks(module._modules["adapters"], choice.rows, LAYER) if x.dim() == 3 else []
             if not levels or len(choice.rows) != len(x):
                 return
             seen = x.reshape(len(levels), -1, x.shape[-1])
-        own = _part(module, choice, seen)
-        if own is None:
+        device = x.device.type
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        inside = torch._C._are_functorch_transforms_active()
+        now = (choice, registry.generation, x.dtype, x.device, module.training, cast, inside)
+        plan = self._plan
+        if traced or plan is None or not plan.holds(now):
+            plan = self._make(now, choice, seen)
+            self._plan = plan if plan is not None and plan.same else None  # else of tensors computed for this call
+        if plan is None or module not in plan.hosts:
             return
-        found = {module: own}
+        outs = plan.bundle(seen)
+        if seen is not x:
+            outs = tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outs)
+        self._ready = {m: (host, y) for (m, host), y in zip(plan.hosts.items(), outs, strict=True)}
+        self._x = x
+
+    def _make(self, now: tuple[Any, ...], choice: Choice, x: Tensor) -> _Plan | None:
+        found: dict[nn.Module, tuple[LayerHost, Part]] = {}
+        same: list[tuple[dict[str, Any], str, Any]] = []
         for member in self.members:
-            if member is not module:
-                other = _part(member, choice, seen)
-                if other is not None and other[0].dropout == own[0].dropout:
-                    found[member] = other
-        if len(found) > 1:
-            outs = fused(seen, [part for _, part in found.values()], own[0].dropout)
-            if seen is not x:
-                outs = tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outs)
-            self._ready = {m: (host, y) for (m, (host, _)), y in zip(found.items(), outs, strict=True)}
-            self._x = x
+            made = _part(member, choice, x)
+            if made is not None and all(made[0].dropout == host.dropout for host, _ in found.values()):
+                found[member] = made
+        if not found:
+            return None
+        hosts = {member: host for member, (host, _) in found.items()}
+        parts = [part for _, part in found.values()]
+        dropout = next(iter(hosts.values())).dropout
+        if not isinstance(choice, Routing) and all(_is_still(part) for part in parts):
+            same = [row for member in found for row in _where(member, choice)]
+        return _Plan(now, same, hosts, Bundle.of(parts, dropout))
+
+
+def _is_still(part: Part) -> bool:
+    """Whether a part is made of stored tensors alone, so that it is the same at the next call."""
+    return part.magnitude is None and isinstance(part.left, nn.Parameter) and isinstance(part.right, nn.Parameter)
+
+
+def _where(module: Any, choice: tuple[str, ...]) -> list[tuple[dict[str, Any], str, Any]]:
+    (level,) = module._modules["adapters"].active(choice, LAYER)
+    tables = [(module._parameters, ["weight"]), (level._parameters, list(level._parameters))]
+    found = [(table, name, table[name]) for table, names in tables for name in names]
+    return [*found, (level.__dict__, "training", level.training), (level.__dict__, "dropout", level.dropout)]
 
 
 def _part(module: Any, choice: Choice, x: Tensor) -> tuple[LayerHost, Part] | None:
@@ -106,15 +148,16 @@ def _part(module: Any, choice: Choice, x: Tensor) -> tuple[LayerHost, Part] | No
     return None if part is None else (host, part)
 
 
-def introduce(modules: Mapping[str, nn.Module], placements: Iterable[Placement]) -> None:
-    """Tell the adapted layers of the placements which of them read one tensor."""
-    paths = (path for p in placements for path, slot, _ in p.carriers if slot == LAYER)
+def introduce(modules: Mapping[str, nn.Module], placements: Iterable[Placement], registry: Registry) -> None:
+    """Tell the adapted layers of the placements which of them read one tensor, after an adapter came or went."""
+    registry.generation += 1
+    paths = [path for p in placements for path, slot, _ in p.carriers if slot == LAYER]
+    families: list[tuple[Any, ...]] = [(modules[path],) for path in paths]
     for path in {path.rpartition(".")[0]: None for path in paths}:
-        if any(word in path.lower() for word in CROSS):
-            continue
-        for names in NAMES:
-            children: list[Any] = [modules[path]._modules.get(name) for name in names]
-            members = tuple(c for c in children if c is not None and "adapters" in c._modules)
-            together = Siblings(members) if len(members) > 1 else None
-            for member in members:
-                member._modules["adapters"].siblings = together
+        if not any(word in path.lower() for word in CROSS):
+            families += [tuple(modules[path]._modules.get(name) for name in names) for names in NAMES]
+    for family in families:
+        members = tuple(m for m in family if m is not None and "adapters" in m._modules and kind_of(m) in LINEAR)
+        together = Siblings(members)
+        for member in members:
+            member._modules["adapters"].siblings = together

@@ -176,8 +176,6 @@ class Outside(Additive):
 class OneWay(LinearOperator):
     """An operator whose ``mv``, said to be cheap, forgets one output unit."""
 
-    cost = Cost(apply=1, form=1)
-
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
         self.inner = Dense(matrix)
@@ -193,6 +191,10 @@ class OneWay(LinearOperator):
     @property
     def T(self):
         return self.inner.T
+
+    @property
+    def cost(self):
+        return Cost(apply=1, form=1)
 
     def lower(self):
         return None

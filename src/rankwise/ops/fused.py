@@ -48,6 +48,37 @@ class Part(NamedTuple):
     recompute: bool = False
 
 
+class Bundle(NamedTuple):
+    """Parts made ready to run, again and again while their tensors are the same.
+
+    Attributes:
+        how: (dropout, (frozen weight or None, scale, recompute) of each part).
+        tensors: weight or None, left, right, magnitude and norm of each part.
+    """
+
+    how: tuple[float, list[tuple[Frozen | None, float, bool]]]
+    tensors: list[Tensor | None]
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], dropout: float) -> "Bundle":
+        """The parts, all under the same dropout."""
+        tensors: list[Tensor | None] = []
+        fixed: list[tuple[Frozen | None, float, bool]] = []
+        for weight, left, right, scale, magnitude, norm, recompute in parts:
+            plain = isinstance(weight, Tensor)
+            tensors += [weight if plain else None, left, right, magnitude, norm]
+            fixed.append((None if plain else weight, scale / (1 - dropout), recompute))
+        return cls((dropout, fixed), tensors)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The output of every part, in x's dtype, differentiable twice: (*batch, T, N) to (*batch, T, M)."""
+        rows = cols = None
+        if self.how[0]:
+            shapes = (*x.shape[:-1], 1), x.shape[-1:]
+            rows, cols = (torch.randint(-(2**31), 2**31, s, dtype=torch.int32, device=x.device) | 1 for s in shapes)
+        return _Fused.apply(self.how, x, rows, cols, *self.tensors)
+
+
 def run(x: Tensor, parts: Sequence[Part], dropout: float = 0.0) -> tuple[Tensor, ...]:
     """The output of every part, in x's dtype, differentiable twice.
 
@@ -59,17 +90,7 @@ def run(x: Tensor, parts: Sequence[Part], dropout: float = 0.0) -> tuple[Tensor,
     Returns:
         (*batch, T, M) of each part.
     """
-    rows = cols = None
-    if dropout:
-        shapes = (*x.shape[:-1], 1), x.shape[-1:]
-        rows, cols = (torch.randint(-(2**31), 2**31, s, dtype=torch.int32, device=x.device) | 1 for s in shapes)
-    tensors: list[Any] = []
-    fixed = []
-    for weight, left, right, scale, magnitude, norm, recompute in parts:
-        plain = isinstance(weight, Tensor)
-        tensors += [weight if plain else None, left, right, magnitude, norm]
-        fixed.append((None if plain else weight, scale / (1 - dropout), recompute))
-    return _Fused.apply((dropout, fixed), x, rows, cols, *tensors)
+    return Bundle.of(parts, dropout)(x)
 
 
 HALF = (torch.bfloat16, torch.float16)

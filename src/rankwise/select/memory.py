@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from rankwise.attachment import Adapter
-from rankwise.hf.deferred import DeferredLogits, deferred_logits
+from rankwise.hf.deferred import deferred_logits
 
 _ATEN = torch.ops.aten
 KINDS = ("weights", "factors", "optimizer", "gradients", "activations", "temporaries")
@@ -187,9 +187,10 @@ def footprint(
         with deferred_logits(model):  # as the trainer does
             output = model(**inputs)
         loss = output.loss
-        whole = not isinstance(output.logits, DeferredLogits) or output.logits.computed is not None
-        logits = output.logits.numel() * output.logits.element_size() if whole else 0
-        del output
+        made: Any = output.logits
+        whole = getattr(made, "computed", made) is not None
+        logits = made.numel() * made.element_size() if whole else 0
+        del output, made
         saved, ledger.kind = ledger.live["activations"], "temporaries"
         loss.backward()
         update(trained, optimizer)
