@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 import rankwise as rw
 from rankwise.ops import Dense, Hadamard, Kronecker, LinearOperator, Product, Scaled, fused, whole
@@ -273,6 +274,22 @@ def test_siblings_that_read_different_tensors_run_alone():
     moved(model, rw.Recipe(LoRA(2)))
     x, other = tensor(2, 3, 8), tensor(2, 3, 8)
     agree(grads(model, x, other), grads(apart(model), x, other))
+    assert {len(m.adapters.siblings.members) for m in model.children()} == {1}  # and do not try again
+    agree(grads(model, x, other), grads(apart(model), x, other))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 6), Conv1D(6, 8)], ids=["Linear", "Conv1D"])
+def test_a_weight_whose_data_was_replaced_is_the_new_one(layer):
+    """As ``model.to()`` replaces it, or offloading."""
+    layer = copy.deepcopy(layer).requires_grad_(False)
+    moved(layer, rw.Recipe(LoRA(2)))
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    first = layer(x)
+    layer.weight.data = layer.weight.data * 2
+    w = layer.weight if isinstance(layer, nn.Linear) else layer.weight.mT
+    torch.testing.assert_close(layer(x) - first, x @ (w / 2).mT)
+    layer.double()
+    assert layer(x.double()).dtype == torch.float64
 
 
 def test_a_tensor_changed_between_siblings_is_another_tensor():

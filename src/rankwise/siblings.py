@@ -70,6 +70,9 @@ class Siblings:
             return None
         traced = torch.compiler.is_compiling()
         now = (choice, 0 if traced else x._version)
+        if module in self._ready and self._x is not x and not traced:
+            self._part_ways()
+            return module._modules["adapters"].siblings.output(module, choice, x)
         if module not in self._ready or self._x is not x or self._then != now:
             self._run(module, choice, x, traced)
             self._then = now
@@ -77,6 +80,12 @@ class Siblings:
         if not self._ready:
             self._x = None
         return None if found is None else found[0].finish(x, found[1])
+
+    def _part_ways(self) -> None:
+        """A member reads another tensor after all, and others' outputs are made for nothing: each alone from now."""
+        for member in self.members:
+            holder: Any = member._modules["adapters"]
+            holder.siblings = Siblings((member,))
 
     def _run(self, module: Any, choice: Choice, x: Tensor, traced: bool) -> None:
         """Run the members, if ``module`` can be among them."""
@@ -121,8 +130,9 @@ class Siblings:
 
 
 def _is_still(part: Part) -> bool:
-    """Whether a part is made of stored tensors alone, so that it is the same at the next call."""
-    return part.magnitude is None and isinstance(part.left, nn.Parameter) and isinstance(part.right, nn.Parameter)
+    """Whether a part is made of parameters alone, not of a view of one, whose data may be replaced meanwhile."""
+    tensors = [t for t in (part.weight, part.left, part.right) if isinstance(t, Tensor)]
+    return part.magnitude is None and all(isinstance(t, nn.Parameter) for t in tensors)
 
 
 def _where(module: Any, choice: tuple[str, ...]) -> list[tuple[dict[str, Any], str, Any]]:

@@ -140,7 +140,7 @@ def _times(scale: float, x: Tensor) -> Tensor:
 
 
 def _scaled_rows(y: Tensor, magnitude: Tensor, norm: Tensor, out: Tensor | None = None) -> Tensor:
-    """Y with its rows (entries of the last dim) scaled by m/n, into ``out`` if given."""
+    """The rows of W scaled by m/n, which are the entries of y's last dim; into ``out`` if given."""
     scale = (_nonzero(magnitude) / norm).unsqueeze(-2)
     if y.dtype not in HALF:
         return torch.mul(y, scale.to(y.dtype), out=out)
