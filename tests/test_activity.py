@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 from collections.abc import Callable
@@ -396,3 +397,44 @@ def test_compiled_switching(method: str) -> None:
     with torch.no_grad(), rw.disabled(model):
         assert torch.allclose(compiled(inputs()), model(inputs()), atol=1e-6)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("order", ["blocks", "mixed"])
+@pytest.mark.parametrize("method", ["lora", "dora", "lokr", "loha", "oft"])
+def test_adapters_trained_together_are_those_trained_apart(method, order):
+    """Each on its rows of every batch, three steps, with an optimizer each."""
+    torch.manual_seed(0)
+    names = ["a", "a", "b", "b", "c", "c"] if order == "blocks" else ["a", "b", "c", "c", "a", "b"]
+    steps = [torch.randint(0, 64, (6, 12)) for _ in range(3)]
+    base = llama()
+
+    def loss(model, ids):
+        logits = model(input_ids=ids).logits[:, :-1]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+    def made(names):
+        model, found = copy.deepcopy(base), {}
+        for name in names:
+            torch.manual_seed(ord(name))
+            found[name] = rw.attach(model, rw.recipe(method), name)
+        return model, found
+
+    model, together = made("abc")
+    optimizers = [adapter.optimizer() for adapter in together.values()]
+    for ids in steps:
+        with rw.route(model, names):
+            loss(model, ids).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, adapter in together.items():
+        alone, found = made(name)
+        optimizer = found[name].optimizer()
+        start = [p.clone() for p in found[name].parameters()]
+        for ids in steps:
+            loss(alone, ids[[i for i, n in enumerate(names) if n == name]]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for one, two, before in zip(adapter.parameters(), found[name].parameters(), start, strict=True):
+            assert not torch.equal(two, before)
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,7 @@ from torch import nn
 
 peft = pytest.importorskip("peft")
 
-from benchmarks import criteria, large, memory, report, together  # noqa: E402
+from benchmarks import criteria, large, memory, paired, report, together  # noqa: E402
 from benchmarks.__main__ import EVERY  # noqa: E402
 from benchmarks.models import Case, batch, forward, llama  # noqa: E402
 from benchmarks.paired import Rounds, conditions, interval, measure, overhead, ratio  # noqa: E402
@@ -58,6 +58,16 @@ def test_every_variant_runs_once_a_round_in_changing_order():
     rounds = [tuple(seen[i : i + 3]) for i in range(0, len(seen), 3)]
     assert len(rounds) == 10 and {tuple(sorted(r)) for r in rounds} == {("a", "b", "c")} and len(set(rounds)) > 2
     assert {len(times) for times in found.cpu.values()} == {8}
+
+
+def test_the_least_of_several_times_counts(monkeypatch):
+    clock, spent = [0], iter([9, 3, 2, 4, 7, 8, 6])  # the first one warms up
+
+    def variant():
+        clock[0] += next(spent)
+
+    monkeypatch.setattr(paired.time, "perf_counter", lambda: clock[0])
+    assert measure({"a": variant}, rounds=2, warmup=1, least=3).wall["a"] == [2, 6]
 
 
 def test_what_a_fresh_variant_prepares_is_outside_the_clock():
