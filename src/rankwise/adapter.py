@@ -160,12 +160,19 @@ def stacked(levels: Sequence[SiteFactors]) -> dict[str, Tensor]:
 
 def blocks(holder: Adapters, rows: tuple[str | None, ...], slot: str) -> list[SiteFactors]:
     """The adapters of equal, consecutive blocks of rows, all of one kind; none where the rows are not like that."""
-    names = [row for i, row in enumerate(rows) if i == 0 or row != rows[i - 1]]
-    size, rest = divmod(len(rows), len(names))
-    if rest or any(rows[i] != names[i // size] for i in range(len(rows))):
-        return []
-    levels = [level for name in names for level in holder.active(normal(name), slot)]
-    return levels if len(levels) == len(names) and len({key_of(level) for level in levels}) == 1 else []
+    now = (rows, slot, holder.registry.generation, holder.training)
+    known = holder.__dict__.get("blocks")  # asked by every layer at every forward
+    if known is None or known[0] != now:
+        names = [row for i, row in enumerate(rows) if i == 0 or row != rows[i - 1]]
+        size, rest = divmod(len(rows), len(names))
+        levels: list[SiteFactors] = []
+        if not rest and all(rows[i] == names[i // size] for i in range(len(rows))):
+            levels = [level for name in names for level in holder.active(normal(name), slot)]
+            levels = levels if len(levels) == len(names) and len({key_of(level) for level in levels}) == 1 else []
+        known = now, levels
+        if not torch.compiler.is_compiling():
+            holder.__dict__["blocks"] = known
+    return known[1]
 
 
 def normal(row: str | None) -> tuple[str, ...]:
