@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import criteria, life, memory, report, together
+from benchmarks import criteria, life, memory, report, together, where
 from benchmarks.models import Case
 from benchmarks.paired import conditions, fixed_allocator
 from benchmarks.step_time import show, step_cell
 
-GROUPS = ("memory", "life", "together", "compiled", "step")  # the longest last
+GROUPS = ("memory", "life", "together", "where", "compiled", "step")  # the longest last
 EVERY = (
     "lora", "rslora", "dora", "dora_again", "pissa", "adalora", "loha", "loha@8", "lokr", "hira", "oft", "oft_exact",
 )  # fmt: skip
@@ -26,7 +26,7 @@ Cell = tuple[Case, dict[str, Any]]
 
 
 def step_cells(quick: bool, long: bool, device: str, threads: list[int]) -> Iterator[Cell]:
-    """The default cells: 35 minutes on two cores; on a CPU one layer stands for four from 1024 up."""
+    """The default cells: an hour on two cores; on a CPU one layer stands for four from 1024 up."""
     if quick:
         yield Case(256, "bfloat16", layers=2, device=device), {"methods": ("lora", "dora"), "rounds": 7}
         return
@@ -91,6 +91,7 @@ def main() -> None:
         "memory": lambda: memory.run(args.quick, args.device),
         "life": lambda: life.run(args.quick, args.device),
         "together": lambda: together.run(args.quick, args.device, threads),
+        "where": lambda: where.run(args.quick),
     }
     for group in groups:
         for case, how in cells[group]() if group in cells else ():

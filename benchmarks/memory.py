@@ -50,7 +50,7 @@ def saved(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Nothing on stderr, not even from C++: the profiler's library greets at every start."""
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
@@ -71,7 +71,7 @@ def peak(step: Callable[[], object], device: str) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
     assert seen.profiler is not None and seen.profiler.kineto_results is not None
     events: list[Any] = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -33,9 +33,10 @@ HOW = """## How it is measured
 - **One function**: before anything is timed, both libraries hold the same factors and must agree on the loss and on
   the gradient to the input. All variants share one copy of the frozen weights. PEFT is called below its outer
   wrapper, in its favour. PiSSA compares both libraries' own start.
-- **Pairs**: all variants of a cell run in one process, one of each a round, in an order drawn anew each round. A
-  figure is the median over rounds of the ratio inside a round, with its bootstrap 95 % interval; an overhead share
-  is a ratio of such medians less one, its rounds drawn together.
+- **Pairs**: all variants of a cell run in one process, in an order drawn anew each round. A variant's entry of a round
+  is its time, or the least of two or three (`--least`), since what disturbs a machine only adds. A figure is the
+  median over rounds of the ratio inside a round, with its bootstrap 95 % interval; an overhead share is a ratio of
+  such medians less one, its rounds drawn together.
 - **Clock**: CPU time of the process on one thread, wall time on two or on a GPU. Both are in the results.
 - **Allocator**: glibc's thresholds are fixed ({allocator}), since page faults alone can decide a comparison; minor
   faults are in the results.
@@ -228,10 +229,38 @@ def conditions(results: Mapping[str, Any]) -> str:
             lines.append("**The machine was busy: do not quote these times.**")
     if "--quick" in results["command"]:
         lines.append("**A quick run: few rounds, small cells; it shows that the harness runs, no more.**")
-    missing = [g for g in ("step", "compiled", "memory", "life", "together") if g not in results]
+    missing = [g for g in ("step", "compiled", "memory", "life", "together", "where") if g not in results]
     if missing:
         lines.append(f"Not measured in this run: {', '.join(missing)}.")
     return "\n".join(lines) + "\n"
+
+
+WHERE = """## Where the time goes
+
+Milliseconds of a step on one thread: matrix products, other kernels, and the rest, which is Python and dispatch; each
+the least that was seen (`python -m benchmarks.where`). What stands between LoRA and its least arithmetic:
+
+- **Thin products.** Multiplying by A and B adds four products of the width of the rank a layer and two that ride on
+  the large ones. They read all of x and of the output's gradient for few operations, and find neither in the cache.
+- **Python and dispatch.** A node, the module's call and what the engine does for it cost the same however wide the
+  layer is, so they weigh most at 256. PEFT pays as much.
+
+What is gone are the other kernels: the sums of base and correction, casts of x, scaling, dropout's mask, and the sums
+of gradients to an input that several layers read.
+"""
+
+
+def of_where(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Products, other kernels and the rest, of every variant."""
+    if not rows:
+        return ""
+    kinds = ("step", "products", "others", "rest")
+    body = [
+        [str(Case(**row["case"])), name, *(number(spent[kind]) for kind in kinds)]
+        for row in rows
+        for name, spent in row["rows"].items()
+    ]
+    return WHERE + "\n" + table(["cell", "", *kinds], body)
 
 
 def verdicts(results: Mapping[str, Any]) -> str:
@@ -307,7 +336,8 @@ def write(results: Mapping[str, Any], page: Path, images: Path) -> None:
         HEAD.format(command=results["command"]), conditions(results), of_criteria(results),
         of_lora(step, "LoRA", shown.get("lora", "")), of_methods(step, shown.get("methods", "")),
         of_lora(results.get("compiled", ()), "Compiled"), of_memory(results.get("memory", ()), shown.get("memory", "")),
-        of_life(results.get("life")), of_together(results.get("together", ())), HOW.format(allocator=allocator),
+        of_life(results.get("life")), of_together(results.get("together", ())),
+        of_where(results.get("where", ())), HOW.format(allocator=allocator),
     ]  # fmt: skip
     page.write_text("\n".join(part for part in parts if part))
 

@@ -9,7 +9,7 @@ from torch import nn
 
 peft = pytest.importorskip("peft")
 
-from benchmarks import criteria, large, memory, paired, report, together  # noqa: E402
+from benchmarks import criteria, large, memory, paired, report, together, where  # noqa: E402
 from benchmarks.__main__ import EVERY  # noqa: E402
 from benchmarks.models import Case, batch, forward, llama  # noqa: E402
 from benchmarks.paired import Rounds, conditions, interval, measure, overhead, ratio  # noqa: E402
@@ -134,11 +134,14 @@ def test_every_method_computes_pefts_function_and_makes_a_page(tmp_path):
         "step": [row, step_cell(Case(hidden=64, dtype="bfloat16", layers=1, batch=2, tokens=8), rounds=2)],
         "memory": [memory.memory_cell(TINY, ("lora",))],
         "together": [together.together_cell(Case(hidden=64, layers=1, batch=4, tokens=8), 2, 2)],
+        "where": [where.where_cell(TINY)],
     }
     report.write(results, tmp_path / "page.md", tmp_path / "img")
     page = (tmp_path / "page.md").read_text()
     assert all(f"`{name}`" in page for name in EVERY) and (tmp_path / "img" / "benchmark-methods.png").exists()
     assert "Not measured in this run: compiled, life." in page
+    spent = results["where"][0]["rows"]["rankwise lora"]
+    assert spent["products"] > 0 and spent["step"] == pytest.approx(sum(v for k, v in spent.items() if k != "step"))
 
 
 def test_a_criterion_is_judged_by_the_worse_end_of_its_worst_cell():
