@@ -53,6 +53,7 @@ class Siblings:
 
     def _forget(self) -> None:
         self._plan: _Plan | None = None
+        self._alone: tuple[Any, ...] | None = None  # when no member could run as a part
         self._ready: dict[nn.Module, tuple[LayerHost, Tensor]] = {}
         self._x: Tensor | None = None
         self._then: tuple[Choice, int] | None = None
@@ -101,8 +102,11 @@ class Siblings:
         inside = torch._C._are_functorch_transforms_active()
         now = (choice, registry.generation, x.dtype, x.device, module.training, cast, inside)
         plan = self._plan
+        if self._alone == (now, x.shape) and not traced:
+            return
         if traced or plan is None or not plan.holds(now):
             plan = self._make(now, choice, seen)
+            self._alone = (now, x.shape) if plan is None else None
             self._plan = plan if plan is not None and plan.same else None  # else of tensors computed for this call
         if plan is None or module not in plan.hosts:
             return

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from rankwise.host.norms import factored_row_norm
 from rankwise.host.site import Correction, LayerHost, Site, flat_tokens
-from rankwise.ops import LinearOperator, Product, Scaled
-from rankwise.ops.form import Form, cheapest
-from rankwise.ops.fused import Part
+from rankwise.ops import LinearOperator, Product, Scaled, Sum
+from rankwise.ops.form import ENTRY, Form, cheapest
+from rankwise.ops.fused import Edited, Part
 from rankwise.ops.operator import leaves
 from rankwise.ops.whole import run as run_whole
 from rankwise.ops.whole import together
@@ -34,6 +34,14 @@ def unscaled(op: LinearOperator) -> tuple[LinearOperator, float]:
     return op, scale
 
 
+def _cheap_to_add(op: LinearOperator, weight: Tensor, x: Tensor) -> bool:
+    """Whether an update without trained factors is better formed with W, twice a step, than applied beside it."""
+    tensors, (m, n) = [weight, *leaves(op)], op.shape
+    if torch.compiler.is_compiling() or not together(x) or any(t.requires_grad or t.dim() != 2 for t in tensors):
+        return False
+    return op.rank is not None and (x.numel() // n) * op.rank * (m + n) > op.cost.form + ENTRY // 10 * m * n
+
+
 class _MatrixHost(LayerHost):
     """What Linear and Conv1D share: an operator acts on the last dim."""
 
@@ -47,10 +55,16 @@ class _MatrixHost(LayerHost):
         op, scale = unscaled(correction.op)
         if not self._direct(op, x) or self._form(op, x) is not Form.LOW_RANK:
             return None
+        plain = isinstance(self.storage, DenseWeight)
+        stored = self.matrix(self.module.weight) if plain else self.storage
+        if isinstance(op, Sum) and isinstance(stored, Tensor) and scale == 1 and _cheap_to_add(op.second, stored, x):
+            still, times = unscaled(op.second)
+            factors = still.lower()
+            assert factors is not None
+            stored, (op, scale) = Edited(stored, factors, times), unscaled(op.first)
         pair = op.lower()
         if pair is None or pair.right.dim() == 3 and x.dim() != 3:
             return None
-        stored = self.matrix(self.module.weight) if isinstance(self.storage, DenseWeight) else self.storage
         return Part(stored, pair.left, pair.right, scale, *correction[1:])
 
     def whole(self, op: LinearOperator, x: Tensor) -> Tensor | None:

@@ -120,10 +120,13 @@ class Scaled(LinearOperator):
         self.shape = op.shape
 
     def mv(self, x: Tensor) -> Tensor:
-        return self.op.mv(x) * self.scale
+        return self._times(self.op.mv(x))
+
+    def _times(self, x: Tensor) -> Tensor:
+        return x if self.scale == 1 else x * self.scale
 
     def dense(self) -> Tensor:
-        return self.op.dense() * self.scale
+        return self._times(self.op.dense())
 
     @property
     def T(self) -> LinearOperator:
@@ -134,7 +137,7 @@ class Scaled(LinearOperator):
         return None if pair is None else LowRank(pair.left * self.scale, pair.right)
 
     def gradients(self, g: Tensor) -> list[Tensor | None]:
-        return self.op.gradients(g * self.scale)
+        return self.op.gradients(self._times(g))
 
     @property
     def rank(self) -> int | None:

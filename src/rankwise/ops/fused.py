@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from rankwise.ops.operator import LowRank
+
 
 class Frozen(Protocol):
     """A weight in a storage format of its own: its product, and itself on demand."""
@@ -24,6 +26,22 @@ class Frozen(Protocol):
     def dense(self) -> Tensor:
         """W (M, N)."""
         ...
+
+
+@final
+class Edited:
+    """``W + s left right``, all frozen (the start of PiSSA in W), formed where it is multiplied and never kept."""
+
+    def __init__(self, weight: Tensor, pair: LowRank, scale: float) -> None:
+        self.weight, self.pair, self.scale = weight, pair, scale
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return x @ self.dense().mT
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        left, right = (t.to(self.weight.dtype) for t in self.pair)
+        return torch.addmm(self.weight, left, right, alpha=self.scale)
 
 
 class Part(NamedTuple):
@@ -128,6 +146,8 @@ def _narrow(seen: Tensor, rights: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _product(x: Tensor, weight: Tensor | None, frozen: Frozen | None, onto: Tensor, scale: float) -> Tensor:
     """``scale onto + x W^T``, in place."""
+    if isinstance(frozen, Edited):
+        weight, frozen = frozen.dense(), None
     if frozen is not None:
         return (onto if scale == 1 else onto.mul_(scale)).add_(frozen.matmul(x))
     assert weight is not None

@@ -65,12 +65,12 @@ def cayley(q: Tensor, terms: int | None = None) -> Tensor:
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     if terms is None:
         return torch.linalg.solve(eye - q, eye + q)  # the two factors commute
-    # (I+Q)(I-Q)^-1 = I + 2Q + 2Q^2 + ... + 2Q^(t-2) + Q^(t-1): the tail that PEFT uses
-    total, power = eye + 2 * q, q
-    for _ in range(2, terms - 1):
-        power = power @ q
-        total = total + 2 * power
-    return total + power @ q
+    # (I+Q)(I-Q)^-1 = I + 2Q + 2Q^2 + ... + 2Q^(t-2) + Q^(t-1), the tail that PEFT uses, by Horner's rule
+    two = 2 * eye
+    inner = two + q
+    for _ in range(terms - 3):
+        inner = two + q @ inner
+    return eye + q @ inner
 
 
 def near_square(size: int, factor: int = -1) -> tuple[int, int]:
