@@ -33,6 +33,7 @@ LEVELS = [
         "adapter",
         "siblings",
         "experts",
+        "expert_loop",
         "graft",
         "candidates",
         "placement",

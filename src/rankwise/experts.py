@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from rankwise.adapter import SiteFactors
-from rankwise.host import Adapted, Host, LinearHost, ParameterHost
+from rankwise.host import ParameterHost
 from rankwise.structures import Added
 
 STACKS = frozenset({"gate_up_proj", "up_proj", "down_proj"})
@@ -28,14 +28,6 @@ INTERFACE = "transformers.integrations.moe"
 def is_experts(kind: type[nn.Module]) -> bool:
     """Whether the class's forward is the interface's own dispatcher, which is told by its file."""
     return getattr(kind.forward, "__globals__", {}).get("__name__") == INTERFACE
-
-
-class Slice(nn.Module):
-    """One matrix (out, in) of a stack, as a linear layer has it."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self._parameters.update(weight=weight, bias=None)  # type: ignore[arg-type]  (a view is no nn.Parameter)
 
 
 def _grouped(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
@@ -57,26 +49,6 @@ def _low_rank(y: Tensor, x: Tensor, ends: Tensor, level: SiteFactors) -> Tensor:
         left, right = pad(left, (0, odd)), pad(right, (0, 0, 0, odd))
     x = nn.functional.dropout(x, level.p) if level.p else x
     return y + _grouped(_grouped(x, right, ends), left, ends).to(y.dtype)
-
-
-@torch.compiler.disable()
-def _one_by_one(x: Tensor, stack: Tensor, ends: Tensor, chains: Sequence[Sequence[SiteFactors]]) -> Tensor:
-    """Each group through its own expert, as a linear layer under its chain of adapters."""
-    stops = ends.tolist()
-    sizes = [b - a for a, b in zip([0, *stops], stops, strict=False)]
-    # unbind, not indexing: the gradient of n indices is n tensors of the whole stack
-    matrices = stack.unbind()
-    split = [[(level, {k: v.unbind() for k, v in level.factors().items()}) for level in c] for c in chains]
-    pieces = []
-    for i, part in enumerate(x.split(sizes)):
-        if len(part) or not len(x):
-            expert, chain = divmod(i, len(chains))
-            host: Host = LinearHost(Slice(matrices[expert]))
-            for level, f in split[chain]:
-                host.dropout = level.p
-                host = Adapted(level.structure, {k: v[expert] for k, v in f.items()}, host)
-            pieces.append(host(part))
-    return torch.cat(pieces)
 
 
 def _at_once(chains: Sequence[Sequence[SiteFactors]]) -> bool:
@@ -128,7 +100,9 @@ def run_experts(
     def project(name: str, x: Tensor) -> Tensor:
         stack, here = ParameterHost(module, name).weight(), chains(name)
         if eager or not _at_once(here):
-            y = _one_by_one(x, stack, ends, here)
+            from rankwise.expert_loop import one_by_one
+
+            y = one_by_one(x, stack, ends, here)
         else:
             y = _grouped(x, stack, ends[choices - 1 :: choices])
             for level in here[0]:
