@@ -8,7 +8,7 @@ from law_cases import CONV, EMBEDDING, LEAVES, LINEAR, ROWS, TOKENS, WRAPPED
 from torch import nn
 
 import rankwise as rw
-from rankwise.structures import OFT, LoRA, Magnitude, TokenRows
+from rankwise.structures import OFT, LoKr, LoRA, Magnitude, TokenRows
 from rankwise.testing import Layer, randomise
 
 KINDS: tuple[Layer, ...] = (*LINEAR, *CONV[::3], *EMBEDDING)
@@ -118,3 +118,24 @@ def test_dropout_of_one_row_is_not_that_of_another():
     base = copy.deepcopy(model)
     with rw.set_active(base, "whole"):
         torch.testing.assert_close(got[1::2], base(x_all)[1::2], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", [LoKr(2), LoRA(2)], ids=["own way", "node"])
+def test_gradients_under_the_dropout_of_each_row(structure):
+    """What runs again in backward must drop as it did, though another row's dropout came after."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16)).double()
+    found = {}
+    for name, p in (("a", 0.5), ("b", 0.0)):
+        found[name] = rw.attach(model.eval(), rw.Recipe(structure, dropout=p), name)
+        randomise(found[name], lambda: model(torch.ones(1, 3, 12, dtype=torch.float64)))
+    model.train()
+    x = torch.randn(2, 3, 12, dtype=torch.float64)
+    grads = []
+    for choose, rows in ((lambda: rw.route(model, ["a", "b"]), x), (lambda: rw.set_active(model, "a"), x[:1])):
+        with choose():
+            torch.manual_seed(3)
+            y = model(rows)[:1]
+        grads.append(torch.autograd.grad(y.square().sum(), [*found["a"].parameters()]))
+    for routed, alone in zip(*grads, strict=True):
+        torch.testing.assert_close(routed, alone)

@@ -132,9 +132,10 @@ class Host(ABC):
     @final
     def _dropped(self, op: LinearOperator, x: Tensor) -> Tensor:
         """The correction alone. Under dropout it runs again in backward, so that x is kept but no copy of it."""
-        if not (self.dropout and torch.is_grad_enabled() and x.is_floating_point()):
+        p = self.dropout  # as it is now: a host that serves several adapters may have another by then
+        if not (p and torch.is_grad_enabled() and x.is_floating_point()):
             return self.mv(op, self.drop(x))
-        return checkpoint(lambda x: self.mv(op, self.drop(x)), x, use_reentrant=False)
+        return checkpoint(lambda x: self.mv(op, nn.functional.dropout(x, p)), x, use_reentrant=False)
 
     @final
     def drop(self, x: Tensor) -> Tensor:
