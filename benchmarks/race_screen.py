@@ -24,6 +24,22 @@ import torch
 DATA = Path(__file__).parents[2] / "shared" / "data"
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "down_proj", "up_proj")
 SPECIALS = ("<unk>", "<s>", "</s>")
+# plans whose defaults are for runs of thousands of steps
+SHORT = {
+    "adalora": "steps=200",
+    "apollo": "rank=16, every=50",
+    "cola_chain": "every=60",
+    "delta_lora": "start=50",
+    "fira": "rank=16, every=50",
+    "flora_opt": "rank=16, every=50",
+    "galore": "rank=16, every=50",
+    "apollo_mini": "every=50",
+    "periodic_lora": "every=50",
+    "reflora": "warmup=10",
+    "reflora_s": "warmup=10",
+    "relora": "every=60",
+    "xgblora": "every=20",
+}
 
 
 def halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -143,9 +159,16 @@ def main(folder: Path, steps: tuple[int, int], finalists: int) -> None:
 
     def run(name: str, model: str, domain: str, methods: list[str], seeds: int, count: int, **settings: Any) -> Race:
         part = files[domain]
-        common = {"batch": 4, "max_length": 128, "saves": 1, "validation": part["valid"], "steps": count}
+        common: dict[str, Any] = {
+            "batch": 4,
+            "max_length": 128,
+            "saves": 1,
+            "validation": part["valid"],
+            "steps": count,
+        }
         one = Run.of({"model": model, "data": part["train"], "out": "-", **common, **settings})
-        made = race(one, methods, ledger, seeds=seeds, tuning=Tuning(rates=4), test=part["test"], say=say)
+        how: dict[str, Any] = {"seeds": seeds, "tuning": Tuning(rates=4), "test": part["test"]}
+        made = race(one, methods, ledger, match="params", say=say, **how)
         target = folder / name
         target.mkdir(exist_ok=True)
         (target / "race.json").write_text(json.dumps({**made.to_dict(), "seconds": time.monotonic() - began}, indent=1))
@@ -154,7 +177,7 @@ def main(folder: Path, steps: tuple[int, int], finalists: int) -> None:
             say(f"{name}  {row.method:16} {row.run.lr:8.2g}  {row.verdict or row.word}")
         return made
 
-    methods = [name for name in catalogue() if name != REFERENCE]
+    methods = [f"{name}({SHORT[name]})" if name in SHORT else name for name in catalogue() if name != REFERENCE]
     screened = run("screen", str(small), "shakespeare", methods, 2, steps[0])
     best = [row.method for row in screened.rows if row.method in methods and row.verdict][:finalists]
     say(f"finals: {', '.join(best)}, {REFERENCE}, {AGAIN}, full")

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rankwise.errors import DataError, IncompatibleAxes, TrainingError, UnknownName
-from rankwise.hf.method import compose
+from rankwise.errors import DataError, IncompatibleAxes, RankError, TrainingError, UnknownName
+from rankwise.hf.method import compose, spoken, written
 from rankwise.hf.run import Run
 from rankwise.select import Ledger, Tuning, race, tune
 from rankwise.select.ledger import Entry, key_of
@@ -173,6 +173,26 @@ def test_a_rank_that_changes_no_size_is_left_alone():
     """GaLore trains whole weights; its rank is that of the gradient."""
     size = sizes(replace(RUN, method="lora"))["params"]
     assert matched(replace(RUN, method="galore", rank=8), size, "params").rank == 8
+
+
+def test_a_rank_that_does_not_fit_is_matched_all_the_same():
+    size = sizes(replace(RUN, method="lora", rank=16))["params"]
+    one = matched(replace(RUN, method="relora", rank=10**5), size, "params")
+    assert one.rank == 16 and sizes(one)["params"] == size
+    with pytest.raises(RankError, match="100000"):
+        arms(RUN, ["relora(rank=100000)"])
+
+
+def test_methods_take_options_by_name():
+    found = arms(replace(RUN, rank=8), ["relora(every=40, prune=0.5)", "relora", "lora(rank=2)"])
+    assert found["relora(every=40, prune=0.5)"].options == {"every": 40, "prune": 0.5}
+    assert found["relora"].options == {} and found["relora"].rank == 8
+    assert (found["lora(rank=2)"].rank, found["lora(rank=2)"].options) == (2, {})
+    assert spoken(written("svd", {"rank": 4, "whiten": True})) == ("svd", {"rank": 4, "whiten": True})
+    assert spoken(" xgblora ") == ("xgblora", {})
+    for wrong in ("relora(40)", "relora(every=40", "", "a b", "x(1every=2)"):
+        with pytest.raises(UnknownName, match=re.escape(f'found "{wrong}"')):
+            spoken(wrong)
 
 
 def test_bad_input_is_refused_before_anything_runs(tmp_path):

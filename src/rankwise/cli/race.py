@@ -1,6 +1,7 @@
 """``rankwise race``."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +20,12 @@ NOT_OURS = ("method", "structure", "init", "solver", "ranks", "options", "init_s
 def race(
     model: common.RunArg,
     rest: common.RunRest = None,
-    methods: Annotated[str, Option("--methods", "-m", help='Names with commas between, or "all".')] = "dora,pissa",
+    methods: Annotated[
+        str,
+        Option(
+            "--methods", "-m", help='Names with commas between, options in brackets: "dora,relora(every=50)"; or "all".'
+        ),
+    ] = "dora,pissa",
     out: Annotated[Path, Option(help="Folder for race.json and race.png.")] = Path("race"),
     seeds: Annotated[int, Option(help="Final runs of each method.")] = 3,
     match: Annotated[str | None, Option(help="Make equal: params, seconds or bytes (of the adapter's file).")] = None,
@@ -51,7 +57,7 @@ def race(
     from rankwise.select.race import race as run_race
 
     run, how = common.asked(model, rest or (), given), tuning.settings(rates, span, rungs, brackets, tune_seeds)
-    chosen = list(catalogue()) if methods == "all" else [name for name in methods.split(",") if name]
+    chosen = list(catalogue()) if methods == "all" else re.findall(r"[^,()]+(?:\([^()]*\))?", methods)
     if dry_run:
         found = {name: {"rank": one.rank or "", **sizes(one)} for name, one in arms(run, chosen, match).items()}
         rows = [(name, o["rank"], f"{o['params']:,}", common.size(o["bytes"])) for name, o in found.items()]

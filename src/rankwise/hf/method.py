@@ -1,8 +1,11 @@
 """A method from what is typed: a name, or a value for each axis."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
+
+import yaml
 
 from rankwise._recipe import Recipe
 from rankwise.errors import IncompatibleAxes, UnknownName
@@ -86,6 +89,26 @@ def recipe_of(run: Run) -> Recipe:
     """The recipe that a run asks for; see :func:`compose`."""
     axes = {axis: getattr(run, axis) for axis in _AXES}
     return compose(run.method, axes, rank=run.rank, options=run.options, targets=run.target, base=run.base)
+
+
+def written(name: str, options: Mapping[str, Any]) -> str:
+    """A method and its options in a word: "lora(rank=1)"."""
+    return name + (f"({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
+
+
+def spoken(text: str) -> tuple[str, dict[str, Any]]:
+    """The inverse of :func:`written`: a method's name and its options.
+
+    Raises:
+        UnknownName: the text is not of this form.
+    """
+    found = re.fullmatch(r"\s*([\w.:]+)\s*(?:\((.*)\))?\s*", text)
+    pairs = [pair.partition("=") for pair in ((found and found[2]) or "").split(",") if pair.strip()]
+    if found is None or not all(name.strip().isidentifier() and equals for name, equals, _ in pairs):
+        raise UnknownName(
+            f'A method is written as its name, or with options: relora(every=100, prune=0.9); found "{text}".'
+        )
+    return found[1], {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
 
 
 def _value(axis: str, text: str, options: Mapping[str, Any]) -> Any:

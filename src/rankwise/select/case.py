@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from rankwise.errors import DataError, RankwiseError
 from rankwise.hf.finetune import prepare, task_of
-from rankwise.hf.method import recipe_of
+from rankwise.hf.method import recipe_of, written
 from rankwise.hf.run import Run
 from rankwise.methods import catalogue
 from rankwise.select.advise import Advice, Arm, Outcome, advise, check_budget
@@ -26,7 +26,7 @@ from rankwise.select.feasible import Candidate, Constraints, Excluded, feasible,
 from rankwise.select.ledger import Ledger
 from rankwise.select.matching import sizes
 from rankwise.select.plan import Plan, of_run
-from rankwise.select.rules import RULES, Facts, Nomination, Probe, nominate, note, records, written
+from rankwise.select.rules import RULES, Facts, Nomination, Probe, nominate, note, records
 from rankwise.version import __version__
 
 __all__ = ["Case", "Report", "conclude", "steps_of", "survey", "write"]

@@ -58,11 +58,11 @@ def matched(run: Run, size: int, by: str) -> Run:
         The run with that rank, or as it was where the method has no rank or its size does not depend on it.
     """
 
-    def at(rank: int) -> Run:
+    def at(rank: int | None) -> Run:
         return replace(run, rank=rank)
 
     @functools.cache
-    def size_at(rank: int) -> float:
+    def size_at(rank: int | None) -> float:
         try:
             return sizes(at(rank))[by]
         except RankError:
@@ -73,8 +73,8 @@ def matched(run: Run, size: int, by: str) -> Run:
     except IncompatibleAxes:
         return run
     above = _first(lambda rank: size_at(rank) >= size)
-    nearest = at(min({max(1, above - 1), above}, key=lambda rank: (abs(size_at(rank) - size), rank)))
-    return min((run, nearest), key=lambda one: abs(sizes(one)[by] - size))
+    nearest = min({max(1, above - 1), above}, key=lambda rank: (abs(size_at(rank) - size), rank))
+    return min((run, at(nearest)), key=lambda one: abs(size_at(one.rank) - size))
 
 
 def _first(fits: Callable[[int], bool]) -> int:

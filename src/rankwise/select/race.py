@@ -11,7 +11,7 @@ from typing import Any, final
 
 from rankwise.errors import DataError, TrainingError
 from rankwise.hf import data
-from rankwise.hf.method import FULL
+from rankwise.hf.method import FULL, spoken
 from rankwise.hf.run import Run
 from rankwise.select.evidence import Verdict, compare, holm
 from rankwise.select.ledger import Entry, Ledger, code
@@ -129,7 +129,7 @@ def arms(run: Run, methods: Sequence[str], match: str | None = None) -> dict[str
 
     Args:
         run: model, data and settings for all.
-        methods: names of the catalogue.
+        methods: names of the catalogue, with options or without: "relora(every=100)".
         match: "params" or "bytes" sets each method's rank so that it comes nearest to LoRA's size.
 
     Returns:
@@ -145,25 +145,25 @@ def arms(run: Run, methods: Sequence[str], match: str | None = None) -> dict[str
     start = replace(run, structure=None, init=None, solver=None, ranks=None, options={})
     found = {REFERENCE: replace(start, method=REFERENCE)}
     for name in dict.fromkeys(methods):
-        found.setdefault(name, _ranked(replace(start, method=name)))
+        found.setdefault(name, _entered(start, name))
+    if match in ("params", "bytes"):
+        size = sizes(found[REFERENCE])[match]
+        found |= {name: matched(one, size, match) for name, one in found.items() if name != REFERENCE}
     found[AGAIN] = replace(found[REFERENCE], init_seed=_REDRAWN)
     found[FULL] = replace(start, method=FULL, rank=None)
-    wanted = {
-        name: sizes(one) for name, one in found.items()
-    }  # whatever does not fit raises before anything is trained
-    if match in ("params", "bytes"):
-        fixed = (REFERENCE, AGAIN, FULL)
-        size = wanted[REFERENCE][match]
-        found = {name: one if name in fixed else matched(one, size, match) for name, one in found.items()}
+    for one in found.values():
+        sizes(one)  # whatever does not fit raises before anything is trained
     return found
 
 
-def _ranked(run: Run) -> Run:
-    """The run, without its rank where the method has none."""
+def _entered(start: Run, text: str) -> Run:
+    """A run of a method, without a rank where the method has none."""
     from rankwise.methods import catalogue
 
-    entry = catalogue().get(run.method or "")
-    return run if entry is None or "rank" in entry.options else replace(run, rank=None)
+    name, options = spoken(text)
+    entry = catalogue().get(name)
+    rank = options.pop("rank", start.rank) if entry is None or "rank" in entry.options else None
+    return replace(start, method=name, rank=rank, options=options)
 
 
 def race(
@@ -187,7 +187,7 @@ def race(
 
     Args:
         run: model, data and settings for all; its method's axes are not used.
-        methods: names of the catalogue; LoRA, LoRA again and full fine-tuning run along.
+        methods: names of the catalogue, with options or without; LoRA, LoRA again and full fine-tuning run along.
         ledger: keeps every run; those that it holds are not run again.
         seeds: final runs of each method.
         tuning: how rates are looked for.

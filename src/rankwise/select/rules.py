@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+from rankwise.hf.method import written
+
 __all__ = ["RULES", "Facts", "Nomination", "Probe", "Rule", "nominate", "note", "records"]
 
 
@@ -147,11 +149,6 @@ RULES = (
         _SELDOM,
     ),
 )
-
-
-def written(name: str, options: Mapping[str, Any]) -> str:
-    """A method and its options in a word: "lora(rank=1)"."""
-    return name + (f"({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
 
 
 def nominate(
