@@ -157,7 +157,9 @@ def main(folder: Path, steps: tuple[int, int], finalists: int) -> None:
     def say(text: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {text}", file=sys.stderr, flush=True)
 
-    def run(name: str, model: str, domain: str, methods: list[str], seeds: int, count: int, **settings: Any) -> Race:
+    def run(
+        name: str, model: str, domain: str, methods: list[str], seeds: int, count: int, centre: float, **settings: Any
+    ) -> Race:
         part = files[domain]
         common: dict[str, Any] = {
             "batch": 4,
@@ -167,7 +169,7 @@ def main(folder: Path, steps: tuple[int, int], finalists: int) -> None:
             "steps": count,
         }
         one = Run.of({"model": model, "data": part["train"], "out": "-", **common, **settings})
-        how: dict[str, Any] = {"seeds": seeds, "tuning": Tuning(rates=4), "test": part["test"]}
+        how: dict[str, Any] = {"seeds": seeds, "tuning": Tuning(centre=centre), "test": part["test"]}
         made = race(one, methods, ledger, match="params", say=say, **how)
         target = folder / name
         target.mkdir(exist_ok=True)
@@ -178,11 +180,11 @@ def main(folder: Path, steps: tuple[int, int], finalists: int) -> None:
         return made
 
     methods = [f"{name}({SHORT[name]})" if name in SHORT else name for name in catalogue() if name != REFERENCE]
-    screened = run("screen", str(small), "shakespeare", methods, 2, steps[0])
+    screened = run("screen", str(small), "shakespeare", methods, 2, steps[0], 4.0)
     best = [row.method for row in screened.rows if row.method in methods and row.verdict][:finalists]
     say(f"finals: {', '.join(best)}, {REFERENCE}, {AGAIN}, full")
     for domain in files:
-        run(domain, "embedded", domain, best, 3, steps[1], base_text=files[domain]["own"])
+        run(domain, "embedded", domain, best, 3, steps[1], 1.0, base_text=files[domain]["own"])
 
 
 if __name__ == "__main__":

@@ -183,6 +183,12 @@ def test_a_rank_that_does_not_fit_is_matched_all_the_same():
         arms(RUN, ["relora(rank=100000)"])
 
 
+def test_a_range_lies_around_its_centre(tmp_path):
+    made = Made(tmp_path / "l", {})
+    found = tune(replace(RUN, validation=0.1, lr=1e-3), made, Tuning(rates=3, span=16, centre=4))
+    assert sorted({trial.lr for trial in found.trials}) == pytest.approx([1e-3, 4e-3, 1.6e-2])
+
+
 def test_methods_take_options_by_name():
     found = arms(replace(RUN, rank=8), ["relora(every=40, prune=0.5)", "relora", "lora(rank=2)"])
     assert found["relora(every=40, prune=0.5)"].options == {"every": 40, "prune": 0.5}

@@ -30,7 +30,9 @@ class Tuning:
 
     Attributes:
         rates: in each bracket.
-        span: the highest rate is so many times the lowest; the method's own lies in the middle.
+        span: the highest rate is so many times the lowest.
+        centre: the middle of the range, in units of the method's own rate: above 1 for models far narrower than those
+            that the catalogue's rates are for.
         rungs: lengths, as shares of the run's.
         brackets: the first has its rates on an even (logarithmic) grid, later ones where Optuna's TPE proposes.
         seeds: runs for each rate and rung, over which losses are averaged.
@@ -38,6 +40,7 @@ class Tuning:
 
     rates: int = 4
     span: float = 64.0
+    centre: float = 1.0
     rungs: tuple[float, ...] = (0.25, 0.5, 1.0)
     brackets: int = 1
     seeds: int = 1
@@ -45,9 +48,9 @@ class Tuning:
     def __post_init__(self) -> None:
         whole = min(self.rates, self.brackets, self.seeds) >= 1
         rise = bool(self.rungs) and sorted({*self.rungs}) == [*self.rungs] and self.rungs[0] > 0
-        if not (whole and rise and self.span > 1):
+        if not (whole and rise and self.span > 1 and self.centre > 0):
             raise DataError(
-                f"Rates, brackets and seeds are at least 1, a span is above 1, rungs are shares that rise; found "
+                f"Rates, brackets and seeds are at least 1, a span is above 1, a centre above 0, rungs rise; found "
                 f"{self}."
             )
 
@@ -120,7 +123,7 @@ def tune(run: Run, ledger: Ledger, tuning: Tuning = ONCE, say: Say = lambda _: N
     """
     if run.validation is None:
         raise DataError("A rate is chosen by the loss on validation data; give a file or a share, such as 0.1.")
-    middle = recipe_of(run).lr if isinstance(run.lr, str) else run.lr
+    middle = tuning.centre * (recipe_of(run).lr if isinstance(run.lr, str) else run.lr)
     low, high = middle / math.sqrt(tuning.span), middle * math.sqrt(tuning.span)
     study, distribution = _study(low, high, tuning, run.seed)
     trials: list[Trial] = []
