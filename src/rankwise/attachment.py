@@ -179,7 +179,7 @@ def _start(recipe: Recipe, placement: Placement, host: Any, stats: Mapping[str, 
         else:
             each = [recipe.init(site, structure, lambda e=e: weight()[e], here) for e in range(site.stack)]
             found = {name: torch.stack([f[name] for f in each]) for name in each[0]}
-        return {k: v.to(device=device, dtype=dtype) for k, v in found.items()}
+        return {k: v.to(device=device, dtype=dtype if v.is_floating_point() else v.dtype) for k, v in found.items()}
 
     def weight() -> Tensor:
         w = host.weight().detach()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rankwise.errors import IncompatibleAxes, RankError
+from rankwise.placement import resolve
 from rankwise.sites import Sites
 from rankwise.structures import (
     OFT,
@@ -206,8 +208,19 @@ def groups(layer: Layer) -> int:
     return max(getattr(module, "groups", 1) for module in layer.make().modules())
 
 
+def refusal(structure: Structure, layer: Layer) -> str | None:
+    """Why a leaf's sizes do not go onto a layer, in its own words; None where they do."""
+    try:
+        resolve(layer.make(), structure, layer.sites)
+    except (RankError, IncompatibleAxes) as error:
+        return str(error)
+    return None
+
+
 def possible(structure: Structure, layer: Layer) -> bool:
     """Token rows need a vocabulary, row parts a matrix whose rows are output units; some need a convolution."""
+    if structure in LEAVES and refusal(structure, layer):
+        return False
     if structure in ACROSS:
         g = groups(layer)
         rank = getattr(structure, "rank", 6)

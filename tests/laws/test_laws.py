@@ -5,8 +5,10 @@ from dataclasses import dataclass, fields, is_dataclass
 
 import pytest
 import torch
-from law_cases import ACROSS, CASES, CONV, PATCHES, STRUCTURES, TABLE, possible
+from law_cases import ACROSS, CASES, CONV, LEAVES, PATCHES, STRUCTURES, TABLE, ids, normal, possible, refusal
+from law_cases import layer as of
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import rankwise as rw
 from rankwise import structures
@@ -43,8 +45,21 @@ def test_the_table_is_wide():
 def test_impossible_pairs_are_refused():
     pairs = [(s, layer) for layer in LAYERS for s in STRUCTURES if not possible(s, layer)]
     for structure, layer in pairs:
-        with pytest.raises(TargetError):
+        with pytest.raises((TargetError, RankError, IncompatibleAxes)):
             rw.attach(layer.make(), rw.Recipe(structure, sites=layer.sites))
+
+
+def test_leaves_go_onto_nearly_every_layer():
+    """Of sizes that every block size divides: 16 x 32."""
+    kinds = [
+        of(nn.Linear, 32, 16, inputs=normal(32)),
+        of(Conv1D, 16, 32, inputs=normal(32)),
+        of(nn.Conv2d, 32, 16, 1, inputs=normal(32, 2, 2)),
+        of(nn.Embedding, 16, 32, inputs=ids(3)),
+    ]
+    for kind in kinds:
+        refused = [s for s in LEAVES if refusal(s, kind)]
+        assert len(refused) <= len(LEAVES) / 10, (kind.name, refused)
 
 
 def parts(structure: Structure) -> set[type]:

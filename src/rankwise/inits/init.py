@@ -103,4 +103,6 @@ class Drawn(Init):
             return self.draw(factor)
         if factor.start is Start.NORMAL:
             return torch.randn(factor.shape)
+        if isinstance(factor.start, float):
+            return torch.full(factor.shape, factor.start)
         return torch.full(factor.shape, 1.0 if factor.start is Start.ONES else 0.0)

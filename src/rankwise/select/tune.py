@@ -31,19 +31,19 @@ class Tuning:
     Attributes:
         rates: in each bracket.
         span: the highest rate is so many times the lowest.
-        centre: the middle of the range, in units of the method's own rate: above 1 for models far narrower than those
-            that the catalogue's rates are for.
         rungs: lengths, as shares of the run's.
         brackets: the first has its rates on an even (logarithmic) grid, later ones where Optuna's TPE proposes.
         seeds: runs for each rate and rung, over which losses are averaged.
+        centre: the middle of the range, in units of the method's own rate: above 1 for models far narrower than those
+            that the catalogue's rates are for.
     """
 
     rates: int = 4
     span: float = 64.0
-    centre: float = 1.0
     rungs: tuple[float, ...] = (0.25, 0.5, 1.0)
     brackets: int = 1
     seeds: int = 1
+    centre: float = 1.0
 
     def __post_init__(self) -> None:
         whole = min(self.rates, self.brackets, self.seeds) >= 1

@@ -47,13 +47,13 @@ class Factor:
 
     Attributes:
         dims: name of each dim and its size, in order.
-        start: where it starts.
+        start: where it starts; a number fills it.
         trainable: whether it is trained or only stored.
         scale: of a factor of a pair ``s * b @ a``, its s; None for any other factor.
     """
 
     dims: Mapping[str, int]
-    start: Start = Start.ZEROS
+    start: Start | float = Start.ZEROS
     trainable: bool = True
     scale: float | None = None
 
@@ -134,12 +134,27 @@ class Structure(ABC):
         """The same map, dense: (*batch, out, in)."""
 
 
+class Begun(ABC):
+    """A leaf some of whose starting values follow from the frozen weight, or are neither drawn nor constant."""
+
+    @abstractmethod
+    def begin(self, site: Site, weight: Callable[[], Tensor], drawn: Factors) -> Factors:
+        """Values in place of the init's, of the weight's dtype or whole numbers.
+
+        Args:
+            site: the facts of the layer.
+            weight: gives the frozen weight (*experts, out, in), in float32 or above.
+            drawn: what the init gave, (*experts, ...).
+        """
+
+
 class Leaf(Structure):
-    """A structure that wraps no other: its starting values are the init's."""
+    """A structure that wraps no other: its starting values are the init's, but for those that it begins itself."""
 
     @final
     def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
-        return dict(leaf(self, site, weight))
+        drawn = dict(leaf(self, site, weight))
+        return {**drawn, **self.begin(site, weight, drawn)} if isinstance(self, Begun) else drawn
 
 
 class Added(Structure):

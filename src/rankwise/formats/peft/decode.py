@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rankwise.errors import ConversionError, FileFormatError
 from rankwise.formats.peft.config import MERGE, RESAVE, pattern
-from rankwise.formats.peft.layout import Place, check, ours
+from rankwise.formats.peft.layout import METHODS, Place, check, ours
 from rankwise.host import LAYER, Site, host_of
 from rankwise.inits import Principal
 from rankwise.structures import OFT, Anchored, HiRA, LoHa, LoKr, LoRA, Magnitude, Structure, SVDForm
@@ -55,6 +55,8 @@ def _structure(config: Mapping[str, Any], place: Place, f: dict[str, Tensor]) ->
     kind, site, key = config["peft_type"], place.candidate.site, place.key
     r = pattern(config.get("rank_pattern"), key, config["r"])
     alpha = float(pattern(config.get("alpha_pattern"), key, config["lora_alpha" if kind == "LORA" else "alpha"]))
+    if build := METHODS[kind].build:
+        return build({**config, "r": r, "alpha": alpha}, site, f)
     if kind == "LOKR":
         split = config["decompose_factor"], bool(config.get("decompose_both"))
         # of two whole factors the rank is no size, it may be above all of them

@@ -14,26 +14,9 @@ from torch import Tensor, nn
 
 from rankwise.candidates import Candidate, base_modules, candidates
 from rankwise.errors import ConversionError
+from rankwise.formats.peft.method import Method
 from rankwise.host import LAYER, Site
-from rankwise.structures import OFT, HiRA, LoHa, LoKr, LoRA, Structure, SVDForm
-
-
-@dataclass(frozen=True)
-class Method:
-    """One of PEFT's methods.
-
-    Attributes:
-        structure: ours.
-        names: our factors and PEFT's; an embedding's have "embedding_" inside and no ".weight".
-        layers: that it takes.
-        free: settings of a convolution that do no harm, as the update runs through the base's own.
-    """
-
-    structure: type[Structure]
-    names: Mapping[str, str]
-    layers: tuple[str, ...]
-    free: tuple[str, ...] = ()
-
+from rankwise.structures import OFT, HiRA, LoHa, LoKr, LoRA, SVDForm
 
 _PAIR = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _HADA = {"b1": "hada_w1_a", "a1": "hada_w1_b", "b2": "hada_w2_a", "a2": "hada_w2_b"}

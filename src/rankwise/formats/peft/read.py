@@ -21,7 +21,7 @@ from rankwise.candidates import base_modules, output_head
 from rankwise.errors import BaseMismatch, ConversionError, FileFormatError
 from rankwise.formats.peft.config import MERGE, meant, read_config, targeted
 from rankwise.formats.peft.decode import decode
-from rankwise.formats.peft.layout import places
+from rankwise.formats.peft.layout import METHODS, places
 from rankwise.host import LAYER, ParameterHost, host_of
 from rankwise.inits import Kaiming, Principal
 from rankwise.model_state import check_model, freeze_base, untied
@@ -30,7 +30,10 @@ from rankwise.structures import CrossGroup, LoRA, Replace, Stack, TokenRows
 from rankwise.structures.wrappers import named
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_FACTOR = re.compile(r"(?:(?P<path>.*?)\.)?(?P<leaf>(?:lora|hada|lokr|hira|oft|trainable_tokens)_.+)$")
+_LEAVES = {name.partition("_")[0] for method in METHODS.values() for name in method.names.values()} | {
+    "trainable_tokens"
+}
+_FACTOR = re.compile(rf"(?:(?P<path>.*?)\.)?(?P<leaf>(?:{'|'.join(sorted(_LEAVES))})_.+)$")
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

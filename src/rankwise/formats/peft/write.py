@@ -202,6 +202,20 @@ def _oft(d: _Draft, placements: list[Placement]) -> None:
     d.settings["r"] = 0
 
 
+_PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+
+
+def _plain(d: _Draft, placements: list[Placement]) -> None:
+    """A method whose table entry says all."""
+    said: dict[str, dict[str, Any]] = {}
+    for p in placements:
+        settings, f = METHODS[d.kind or ""].settings, d.factors(p)
+        found = settings(p.structure, p.site, f) if settings else {}
+        said[d.put(p, f).key] = found
+    for name in {name: None for found in said.values() for name in found}:
+        d.spread(name, {key: found[name] for key, found in said.items()}, _PATTERNS.get(name))
+
+
 _WRITERS = {"LORA": _lora, "ADALORA": _adalora, "OFT": _oft, **dict.fromkeys(("LOHA", "LOKR", "HIRA"), _products)}
 
 
@@ -298,7 +312,7 @@ def write(adapter: Adapter, path: str | Path) -> ExportReport:
     d.kind = _method(d, rest) if rest else None
     with torch.no_grad():
         if d.kind:
-            _WRITERS[d.kind](d, rest)
+            _WRITERS.get(d.kind, _plain)(d, rest)
         if tokens:
             _tokens(d, tokens)
         d.kind = d.kind or "LORA"
