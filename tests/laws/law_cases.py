@@ -29,11 +29,14 @@ from rankwise.structures import (
     PatchOFT,
     Replace,
     Rows,
+    ShareLoRA,
     Stack,
     Structure,
     SVDForm,
     Switched,
+    TiedLoRA,
     TokenRows,
+    VeRA,
 )
 from rankwise.testing import LAYERS as BASIC
 from rankwise.testing import Layer
@@ -57,6 +60,7 @@ LEAVES: tuple[Structure, ...] = (
     HiRA(3),
     OFT(4),
     OFT(4, terms=5),
+    *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3)),
 )
 WRAPPED: tuple[Structure, ...] = (
     Magnitude(LoRA(3)),
