@@ -83,7 +83,9 @@ REFERENCES = {
         lambda w, f, o: w + (f["b1"] @ f["a1"]) * (f["b2"] @ f["a2"]), lambda m, n, o: 2 * o["rank"] * (m + n),
         "Hyeon-Woo et al. 2021, arXiv 2108.06098, proposition 1", {"rank": 3},
     ),
-    "hira": Reference(lambda w, f, o: w + w * (f["b"] @ f["a"]), pair, "Huang et al. 2025, ICLR, OpenReview TwJrTz9cRS", {"rank": 3}),
+    "hira": Reference(
+        lambda w, f, o: w + w * (f["b"] @ f["a"]), pair, "Huang et al. 2025, ICLR, OpenReview TwJrTz9cRS", {"rank": 3}
+    ),
     "krona": Reference(kronecker, kronecker_count, "Edalati et al. 2022, arXiv 2212.10650"),
     "lokr": Reference(
         kronecker, kronecker_count, "Yeh et al. 2023, arXiv 2309.14859", {"rank": 2}, ({"rank": 1, "alpha": 3.0},)
