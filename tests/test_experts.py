@@ -45,7 +45,9 @@ from rankwise.structures import (
     LoKr,
     LoRA,
     LoRAFA,
+    LoRETTA,
     Magnitude,
+    QuanTA,
     Replace,
     Rows,
     Stack,
@@ -53,6 +55,7 @@ from rankwise.structures import (
     SVDForm,
     Switched,
     TokenRows,
+    TTLoRA,
 )
 from rankwise.testing import randomise
 from rankwise.testing.compare import Comparison
@@ -83,6 +86,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 LEAVES = (
     *(LoRA(4), SVDForm(3), LoKr(4), LoHa(2), HiRA(4), OFT(4), Replace()),
     *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3)),
+    *(TTLoRA(2), LoRETTA(3, 2), QuanTA(3)),
 )
 WRAPPED = (
     Magnitude(LoRA(4)),

@@ -25,8 +25,10 @@ from rankwise.structures import (
     LoKr,
     LoRA,
     LoRAFA,
+    LoRETTA,
     Magnitude,
     PatchOFT,
+    QuanTA,
     Replace,
     Rows,
     ShareLoRA,
@@ -36,6 +38,7 @@ from rankwise.structures import (
     Switched,
     TiedLoRA,
     TokenRows,
+    TTLoRA,
     VeRA,
 )
 from rankwise.testing import LAYERS as BASIC
@@ -61,6 +64,7 @@ LEAVES: tuple[Structure, ...] = (
     OFT(4),
     OFT(4, terms=5),
     *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3)),
+    *(TTLoRA(2), TTLoRA(3, 2.0, 1, 2), LoRETTA(3, 2, 4.0), LoRETTA(2, 3, 2.0, 2, 1), QuanTA(3), QuanTA(2)),
 )
 WRAPPED: tuple[Structure, ...] = (
     Magnitude(LoRA(3)),
@@ -77,6 +81,7 @@ WRAPPED: tuple[Structure, ...] = (
     Magnitude(Chain(LoRA(2), 1)),
     Anchored(SVDForm(2)),
     Anchored(LoKr(2)),
+    Anchored(QuanTA(3)),
     Magnitude(Core(3)),
     Anchored(Anchored(LoRA(2))),
     Stack(LoRA(3), OFT(4)),
