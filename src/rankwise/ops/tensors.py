@@ -1,7 +1,7 @@
 r"""Tensor formats: tensor train (TT), canonical polyadic (CP) and Tucker, and how a size is split into modes.
 
-Shapes: a tensor (\*batch, n_1, ..., n_d) of modes n_k. A train has cores (\*batch, r_{k-1}, n_k, r_k), r_0 = r_d = 1;
-CP has factors (\*batch, n_k, r); Tucker a core (\*batch, r_1, ..., r_d) and factors (\*batch, n_k, r_k).
+Shapes: a tensor (\*batch, n_1, ..., n_d) of modes n_k. A train has cores (\*batch, r_{k-1}, n_k, r_k), with 1 at both
+ends; CP has factors (\*batch, n_k, r); Tucker a core (\*batch, r_1, ..., r_d) and factors (\*batch, n_k, r_k).
 """
 
 from abc import ABC, abstractmethod
