@@ -14,10 +14,13 @@ from rankwise.sites import Sites
 from rankwise.structures import (
     OFT,
     Anchored,
+    CaRA,
     Chain,
     Core,
     CrossGroup,
     Delta,
+    FacTTK,
+    FacTTT,
     Gated,
     HiRA,
     InputSide,
@@ -26,7 +29,10 @@ from rankwise.structures import (
     LoRA,
     LoRAFA,
     LoRETTA,
+    LoRTA,
+    LoTR,
     Magnitude,
+    MetaTT,
     PatchOFT,
     QuanTA,
     Replace,
@@ -65,6 +71,8 @@ LEAVES: tuple[Structure, ...] = (
     OFT(4, terms=5),
     *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3)),
     *(TTLoRA(2), TTLoRA(3, 2.0, 1, 2), LoRETTA(3, 2, 4.0), LoRETTA(2, 3, 2.0, 2, 1), QuanTA(3), QuanTA(2)),
+    *(FacTTT(3), FacTTK(2, 2.0), LoTR(3, 6.0), LoRTA(3, heads=4), CaRA(2), CaRA(2, attention=("0", "mid"))),
+    *(MetaTT(3), MetaTT(2, 2.0, heads=4), MetaTT(2, heads=3, tasks=2)),
 )
 WRAPPED: tuple[Structure, ...] = (
     Magnitude(LoRA(3)),

@@ -99,6 +99,93 @@ def quanta_count(m, n, o):
     return sum((d[i] * d[j]) ** 2 for i, j in combinations(range(len(d)), 2))
 
 
+def blocks(m, n):
+    """Rows and columns of square blocks, and the sides of one; one block where the sides do not divide."""
+    small = min(m, n)
+    return (m // small, n // small, small, small) if max(m, n) % small == 0 else (1, 1, m, n)
+
+
+def fact(w, f, o, core):
+    """Block by block: s V core(i, j) U."""
+    (m, n), new = w.shape, w.copy()
+    rows, cols, height, width = blocks(m, n)
+    for i in range(rows):
+        for j in range(cols):
+            found = o["alpha"] * f["v"] @ core(i, j) @ f["u"]
+            new[i * height : (i + 1) * height, j * width : (j + 1) * width] += found
+    return new
+
+
+def fact_tt(w, f, o):
+    r = o["rank"]
+    return fact(w, f, o, lambda i, j: f["s"][i * r : (i + 1) * r, j * r : (j + 1) * r])
+
+
+def fact_tk(w, f, o):
+    return fact(w, f, o, lambda i, j: sum(p * slice_ for p, slice_ in zip(f["mix"][i, j], f["c"], strict=True)))
+
+
+def fact_count(m, n, r, own):
+    rows, cols, height, width = blocks(m, n)
+    return r * (height + width) + rows * cols * own
+
+
+def lorta(w, f, o):
+    """Head by head, entry by entry of the diagonal."""
+    new, heads = w.copy(), f["head"].shape[0]
+    rows = w.shape[0] // heads
+    for h in range(heads):
+        for t in range(o["rank"]):
+            weight = o["alpha"] * f["head"][h, t] * f["layer"][0, t] * f["role"][0, t]
+            new[h * rows : (h + 1) * rows] += weight * np.outer(f["b"][:, t], f["a"][t])
+    return new
+
+
+def largest(m, most):
+    return max(h for h in range(1, most + 1) if m % h == 0)
+
+
+def lorta_count(m, n, o):
+    h = largest(m, o["heads"])
+    return o["rank"] * (n + m // h + h + 2)
+
+
+def cara(w, f, o):
+    """Entries of the CP tensor of four modes, or those of three unfolded into blocks."""
+    new, (m, n) = w.copy(), w.shape
+    if "k" in f:
+        tensor = np.einsum("r,kr,er,hr,dr->kehd", f["weight"], f["k"], f["a2"], f["a3"], f["a4"])
+        return w + o["alpha"] * tensor[0].reshape(n, m).T
+    key = "k_rows" if m >= n else "k_cols"
+    tensor = np.einsum("r,kr,ar,br->kab", f["weight"], f[key], f["p2"], f["p3"]).reshape(max(m, n), min(m, n))
+    return new + o["alpha"] * (tensor if m >= n else tensor.T)
+
+
+def cara_count(m, n, o):
+    rows, cols, height, width = blocks(m, n)
+    if "0" in o["attention"]:  # the name of the layer
+        h = largest(m, o["heads"])
+        return o["rank"] * (1 + n + h + m // h + 1)
+    return o["rank"] * (rows * cols + height + width + 1)
+
+
+def metatt(w, f, o):
+    new, heads = w.copy(), f["head"].shape[0] if "head" in f else 1
+    task = sum(c * core for c, core in zip(f["chosen"], f["task"], strict=True)) if "task" in f else np.eye(o["rank"])
+    rows = w.shape[0] // heads
+    for h in range(heads):
+        head = f["head"][h] if "head" in f else np.eye(o["rank"])
+        chain = np.linalg.multi_dot([f["b"], head, f["role"][0], task, f["layer"][0], f["a"]])
+        new[h * rows : (h + 1) * rows] += o["alpha"] * chain
+    return new
+
+
+def metatt_count(m, n, o):
+    h = largest(m, o["heads"]) if o["heads"] else 0
+    r = o["rank"]
+    return r * (n + (m // h if h else m)) + r * r * (2 + h + (o["tasks"] or 0))
+
+
 REFERENCES = {
     "tt_lora": Reference(
         tt_lora, tt_count, "Anjum et al. 2024, arXiv 2408.01008: forward of its code",
@@ -111,5 +198,31 @@ REFERENCES = {
     "quanta": Reference(
         quanta, quanta_count, "Chen et al. 2024, arXiv 2406.00132: quanta.py of its code",
         {"modes": 3}, ({"modes": 2}, {"modes": 4}, {"modes": (3, 3, 4)}),
+    ),
+    "fact_tt": Reference(
+        fact_tt, lambda m, n, o: fact_count(m, n, o["rank"], o["rank"] ** 2),
+        "Jie and Deng 2022, arXiv 2212.03145: fact_tt.py of its code", {"rank": 3}, ({"rank": 2, "alpha": 10.0},),
+    ),
+    "fact_tk": Reference(
+        fact_tk, lambda m, n, o: fact_count(m, n, o["rank"], o["rank"]) + o["rank"] ** 3,
+        "Jie and Deng 2022, arXiv 2212.03145: fact_tk.py of its code", {"rank": 3}, ({"rank": 2, "alpha": 10.0},),
+    ),
+    "lotr": Reference(
+        lambda w, f, o: w + (o["alpha"] or o["rank"]) / o["rank"] * np.einsum("ia,ab,bj->ij", f["l"], f["m"], f["r"]),
+        lambda m, n, o: o["rank"] * (m + n + o["rank"]),
+        "Bershatsky et al. 2024, arXiv 2402.01376: lotr.py of its code",
+        {"rank": 3}, ({"rank": 2, "alpha": 6.0},),
+    ),
+    "lorta": Reference(
+        lorta, lorta_count, "Hounie et al. 2024, arXiv 2410.04060: model.py of its code", {"rank": 3},
+        ({"rank": 2, "alpha": 3.0, "heads": 3},),
+    ),
+    "cara": Reference(
+        cara, cara_count, "Veeramacheneni et al. 2025, ICML: cara.py of its code", {"rank": 3, "attention": ()},
+        ({"rank": 3, "heads": 4, "attention": ("0",)},),
+    ),
+    "metatt": Reference(
+        metatt, metatt_count, "Lopez-Piqueres et al. 2025, arXiv 2506.09105: as cited by others, not read", {"rank": 3},
+        ({"rank": 2, "alpha": 2.0, "heads": 4}, {"rank": 2, "heads": 4, "tasks": 3}),
     ),
 }  # fmt: skip
