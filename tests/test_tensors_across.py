@@ -113,6 +113,13 @@ def test_rows_are_those_of_the_layer_and_of_the_role():
             assert f["a"] is g["a"] and f["b"] is g["b"] and f["head"] is g["head"]
 
 
+def test_encoder_and_decoder_count_their_layers_apart():
+    model = nn.ModuleDict({k: nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]) for k in ("encoder", "decoder")})
+    adapter = rw.attach(model, rw.Recipe(LoRTA(2, heads=2), sites=rw.Sites(nn.Linear)))
+    assert len({id(f["layer"]) for f in adapter.values()}) == 4
+    assert total(adapter) == 2 * (8 + 4 + 2 + 4 + 2)  # roles are called "0" and "1" here
+
+
 @STRUCTURES
 def test_each_layer_merges_to_its_exact_rank(structure):
     model, adapter = attached(structure)
@@ -170,10 +177,9 @@ def test_a_task_is_chosen_for_all_layers_at_once():
     for task in range(2):
         with torch.no_grad():
             chosen.copy_(torch.eye(2)[task])
-        cores.grad = None
         outputs.append(model(x))
-        outputs[-1].square().sum().backward()
-        assert cores.grad[task].any() and not cores.grad[1 - task].any()
+        (gradient,) = torch.autograd.grad(outputs[-1].square().sum(), [cores])
+        assert gradient[task].any() and not gradient[1 - task].any()
     assert not torch.allclose(*outputs)
     with torch.no_grad():
         cores[1] = cores[0]

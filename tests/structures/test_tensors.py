@@ -102,7 +102,7 @@ def test_the_size_of_what_is_drawn_does_not_grow_with_the_rank(make):
         (LoRETTA(0, 2), RankError, "found rank=0"),
         (LoRETTA(2, 30), RankError, "found rank=30"),
         (LoRETTA(2, 2, out_modes=(23,)), IncompatibleAxes, "product 23"),
-        (QuanTA((5, 7)), IncompatibleAxes, r"at least the size .*product 35 for the 36"),
+        (QuanTA((5, 7)), IncompatibleAxes, r"at least the size .*product 35 for the 36 of the larger side of 0"),
         (QuanTA(1), RankError, "Give at least two modes"),
     ],
     ids=repr,
@@ -110,3 +110,16 @@ def test_the_size_of_what_is_drawn_does_not_grow_with_the_rank(make):
 def test_sizes_that_do_not_fit_are_refused(structure, error, message):
     with pytest.raises(error, match=message):
         rw.attach(linear(36, 24), rw.Recipe(structure))
+
+
+@pytest.mark.parametrize(
+    "recipe", [rw.recipes.tt_lora(3), rw.recipes.quanta(), rw.recipes.metatt(2, heads=4, tasks=2)], ids=lambda r: r.name
+)
+def test_a_forward_is_one_graph(recipe):
+    """Nothing about modes is worked out while it runs."""
+    torch.compiler.reset()
+    model = linear(16, 32)
+    structure, f = moved(model, recipe)
+    x = torch.randn(4, 16, dtype=torch.float64)
+    y = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, x @ structure.weight(f, model[0].weight).mT)

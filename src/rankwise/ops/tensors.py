@@ -22,7 +22,8 @@ def balanced_modes(size: int, count: int) -> tuple[int, ...]:
         >>> balanced_modes(768, 3), balanced_modes(4096, 4), balanced_modes(14, 3)
         ((8, 8, 12), (8, 8, 8, 8), (1, 2, 7))
     """
-    primes, divisor = list[int](), 2
+    primes: list[int] = []
+    divisor = 2
     while size > 1:
         if divisor * divisor > size:
             divisor = size

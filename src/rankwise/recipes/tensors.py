@@ -164,7 +164,8 @@ def lorta(rank: int = 8, alpha: float = 1.0, heads: int = 8, **axes: Any) -> Rec
         The recipe.
 
     References:
-        Hounie et al. 2024, arXiv 2410.04060. The branch with a preconditioner is not here.
+        Hounie et al. 2024, arXiv 2410.04060. Heads are rows of every matrix, that after attention included, as its code
+        concatenates them. The branch with a preconditioner is not here.
     """
     return point(axes, "lorta", 4e-3, LoRTA(rank, alpha, heads), "Hounie et al. 2024, arXiv 2410.04060")
 

@@ -55,8 +55,8 @@ class TTLoRA(Additive):
 
     rank: int = 5
     alpha: float = 1.0
-    out_modes: int | tuple[int, ...] = 3
-    in_modes: int | tuple[int, ...] = 3
+    out_modes: Modes = 3
+    in_modes: Modes = 3
 
     traits = frozenset({"additive", "two_sided", "random_start", "drops"})
 
@@ -91,8 +91,8 @@ class LoRETTA(Additive):
     rank: int = 8
     bond: int = 5
     alpha: float | None = 8.0
-    out_modes: int | tuple[int, ...] = 3
-    in_modes: int | tuple[int, ...] = 3
+    out_modes: Modes = 3
+    in_modes: Modes = 3
 
     traits = TTLoRA.traits
 
@@ -129,7 +129,7 @@ class QuanTA(Additive):
         modes: of the larger side, or how many even ones.
     """
 
-    modes: int | tuple[int, ...] = 4
+    modes: Modes = 4
 
     traits = frozenset({"additive", "random_start", "drops", "moves_at_start"})
 
@@ -138,24 +138,24 @@ class QuanTA(Additive):
         return 1.0
 
     def factors(self, site: Site) -> dict[str, Factor]:
-        modes, axes = self._layout(site.rows, site.cols)
-        sizes = [modes[i] * modes[j] for i, j in axes]
-        if not sizes:
+        modes = checked_modes(self.modes, max(site.rows, site.cols), f"the larger side of {site.name}", padded=True)
+        if len(modes) < 2:
             raise RankError(
                 f"A circuit has gates on pairs of axes; found modes={self.modes!r}, a single axis, at {site.name}. "
                 f"Give at least two modes."
             )
-        # without elements: it tells the shape of the layer
-        found = {"sizes": Factor({"out": site.rows, "in": site.cols, "none": 0}, trainable=False)}
+        shape = {"out": site.rows, "in": site.cols, "none": 0, **{f"axis{i}": n for i, n in enumerate(modes)}}
+        found = {"shape": Factor(shape, trainable=False)}  # without elements: what a forward needs to know
+        sizes = [modes[i] * modes[j] for i, j in _pairs(len(modes))]
         return found | {f"gate{i}": Factor({"row": p, "col": p}, Start.RANDOM) for i, p in enumerate(sizes)}
 
-    def _layout(self, rows: int, cols: int) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-        """The modes, and the axes of each gate: the last axis with all others first, as in the paper's code."""
-        modes = checked_modes(self.modes, max(rows, cols), "the larger side", padded=True)
-        d = len(modes)
-        return modes, [(d - 1 - j, d - 1 - i) for i, j in combinations(range(d), 2)]
-
     def operator(self, f: Factors) -> LinearOperator:
-        *_, rows, cols, _ = f["sizes"].shape
-        modes, axes = self._layout(rows, cols)
-        return Circuit([f[f"gate{i}"] for i in range(len(axes))], axes, modes, (rows, cols))
+        gates = [f[name] for name in (f"gate{i}" for i in range(len(f))) if name in f]
+        d = round((1 + (1 + 8 * len(gates)) ** 0.5) / 2)
+        rows, cols, _, *modes = f["shape"].shape[-3 - d :]
+        return Circuit(gates, _pairs(d), modes, (rows, cols))
+
+
+def _pairs(d: int) -> list[tuple[int, int]]:
+    """The axes of each gate: the last axis with each other one first, as in the paper's code."""
+    return [(d - 1 - j, d - 1 - i) for i, j in combinations(range(d), 2)]

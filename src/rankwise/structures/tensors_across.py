@@ -23,7 +23,10 @@ TRAITS = frozenset({"additive", "two_sided", "random_start", "drops"})
 
 
 def _layer(site: Site) -> str:
-    return f"layer {site.layer}"
+    """The block, by its path: encoder and decoder count their blocks apart."""
+    parts = site.name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+    return f"layer {'.'.join(parts[: first + 1])}"
 
 
 def _role(site: Site) -> str:
