@@ -14,10 +14,13 @@ from rankwise.sites import Sites
 from rankwise.structures import (
     OFT,
     Anchored,
+    CaRA,
     Chain,
     Core,
     CrossGroup,
     Delta,
+    FacTTK,
+    FacTTT,
     Gated,
     HiRA,
     InputSide,
@@ -25,8 +28,13 @@ from rankwise.structures import (
     LoKr,
     LoRA,
     LoRAFA,
+    LoRETTA,
+    LoRTA,
+    LoTR,
     Magnitude,
+    MetaTT,
     PatchOFT,
+    QuanTA,
     Replace,
     Rows,
     ShareLoRA,
@@ -36,6 +44,7 @@ from rankwise.structures import (
     Switched,
     TiedLoRA,
     TokenRows,
+    TTLoRA,
     VeRA,
 )
 from rankwise.testing import LAYERS as BASIC
@@ -61,6 +70,9 @@ LEAVES: tuple[Structure, ...] = (
     OFT(4),
     OFT(4, terms=5),
     *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3)),
+    *(TTLoRA(2), TTLoRA(3, 2.0, 1, 2), LoRETTA(3, 2, 4.0), LoRETTA(2, 3, 2.0, 2, 1), QuanTA(3), QuanTA(2)),
+    *(FacTTT(3), FacTTK(2, 2.0), LoTR(3, 6.0), LoRTA(3, heads=4), CaRA(2), CaRA(2, attention=("0", "mid"))),
+    *(MetaTT(3), MetaTT(2, 2.0, heads=4), MetaTT(2, heads=3, tasks=2)),
 )
 WRAPPED: tuple[Structure, ...] = (
     Magnitude(LoRA(3)),
@@ -77,6 +89,7 @@ WRAPPED: tuple[Structure, ...] = (
     Magnitude(Chain(LoRA(2), 1)),
     Anchored(SVDForm(2)),
     Anchored(LoKr(2)),
+    Anchored(QuanTA(3)),
     Magnitude(Core(3)),
     Anchored(Anchored(LoRA(2))),
     Stack(LoRA(3), OFT(4)),
