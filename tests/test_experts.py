@@ -34,6 +34,7 @@ from rankwise.experts import is_experts
 from rankwise.host import host_of
 from rankwise.structures import (
     OFT,
+    SVFT,
     Anchored,
     Chain,
     Core,
@@ -41,6 +42,7 @@ from rankwise.structures import (
     Gated,
     HiRA,
     InputSide,
+    KaSA,
     LoHa,
     LoKr,
     LoRA,
@@ -52,6 +54,8 @@ from rankwise.structures import (
     Structure,
     SVDForm,
     Switched,
+    ThreeFactor,
+    TinyLoRA,
     TokenRows,
 )
 from rankwise.testing import randomise
@@ -83,6 +87,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 LEAVES = (
     *(LoRA(4), SVDForm(3), LoKr(4), LoHa(2), HiRA(4), OFT(4), Replace()),
     *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3)),
+    *(ThreeFactor(3), TinyLoRA(2, size=5), KaSA(3), SVFT("random", 1)),
 )
 WRAPPED = (
     Magnitude(LoRA(4)),

@@ -13,6 +13,7 @@ from rankwise.placement import resolve
 from rankwise.sites import Sites
 from rankwise.structures import (
     OFT,
+    SVFT,
     Anchored,
     Chain,
     Core,
@@ -21,6 +22,7 @@ from rankwise.structures import (
     Gated,
     HiRA,
     InputSide,
+    KaSA,
     LoHa,
     LoKr,
     LoRA,
@@ -33,6 +35,8 @@ from rankwise.structures import (
     Structure,
     SVDForm,
     Switched,
+    ThreeFactor,
+    TinyLoRA,
     TokenRows,
 )
 from rankwise.testing import LAYERS as BASIC
@@ -57,6 +61,13 @@ LEAVES: tuple[Structure, ...] = (
     HiRA(3),
     OFT(4),
     OFT(4, terms=5),
+    ThreeFactor(3),
+    ThreeFactor(2, 5.0, diagonal=True),
+    TinyLoRA(2, size=5),
+    KaSA(2),
+    SVFT(),
+    SVFT("random", 1),
+    SVFT("top_k", 2),
 )
 WRAPPED: tuple[Structure, ...] = (
     Magnitude(LoRA(3)),
@@ -74,6 +85,8 @@ WRAPPED: tuple[Structure, ...] = (
     Anchored(SVDForm(2)),
     Anchored(LoKr(2)),
     Magnitude(Core(3)),
+    Magnitude(ThreeFactor(3)),
+    Anchored(ThreeFactor(2)),
     Anchored(Anchored(LoRA(2))),
     Stack(LoRA(3), OFT(4)),
     Stack(OFT(4), LoRA(3)),

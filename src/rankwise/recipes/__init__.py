@@ -4,7 +4,7 @@ The axes that every method shares (``sites``, ``dropout``, ``base``, ``lr``, ``r
 ``solver``, ``penalties``) pass through ``**axes`` to :class:`rankwise.Recipe`.
 """
 
-from rankwise.recipes import compositions, projected, ranking, regularised, solving, starts, structures
+from rankwise.recipes import compositions, projected, ranking, regularised, solving, starts, structures, threefactor
 from rankwise.recipes.compositions import *  # noqa: F403
 from rankwise.recipes.projected import *  # noqa: F403
 from rankwise.recipes.ranking import *  # noqa: F403
@@ -12,6 +12,7 @@ from rankwise.recipes.regularised import *  # noqa: F403
 from rankwise.recipes.solving import *  # noqa: F403
 from rankwise.recipes.starts import *  # noqa: F403
 from rankwise.recipes.structures import *  # noqa: F403
+from rankwise.recipes.threefactor import *  # noqa: F403
 
 __all__: list[str] = []
 __all__ += structures.__all__
@@ -21,3 +22,4 @@ __all__ += projected.__all__
 __all__ += ranking.__all__
 __all__ += regularised.__all__
 __all__ += compositions.__all__
+__all__ += threefactor.__all__
