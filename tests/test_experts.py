@@ -42,7 +42,6 @@ from rankwise.structures import (
     Gated,
     HiRA,
     InputSide,
-    KaSA,
     LoHa,
     LoKr,
     LoRA,
@@ -57,6 +56,7 @@ from rankwise.structures import (
     ThreeFactor,
     TinyLoRA,
     TokenRows,
+    Truncated,
 )
 from rankwise.testing import randomise
 from rankwise.testing.compare import Comparison
@@ -87,7 +87,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 LEAVES = (
     *(LoRA(4), SVDForm(3), LoKr(4), LoHa(2), HiRA(4), OFT(4), Replace()),
     *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3)),
-    *(ThreeFactor(3), TinyLoRA(2, size=5), KaSA(3), SVFT("random", 1)),
+    *(ThreeFactor(3), TinyLoRA(2, size=5), SVFT("random", 1)),
 )
 WRAPPED = (
     Magnitude(LoRA(4)),
@@ -98,6 +98,7 @@ WRAPPED = (
     Stack(LoRA(2), LoRA(3)),
     Chain(LoRA(3), 2),
     Delta(LoRA(3)),
+    Truncated(Gated(3), 2),
 )
 ALL = (*LEAVES, *WRAPPED, Rows(LoRA(2), (("gate", 0, 16),)))
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])

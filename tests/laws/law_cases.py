@@ -22,7 +22,6 @@ from rankwise.structures import (
     Gated,
     HiRA,
     InputSide,
-    KaSA,
     LoHa,
     LoKr,
     LoRA,
@@ -38,6 +37,7 @@ from rankwise.structures import (
     ThreeFactor,
     TinyLoRA,
     TokenRows,
+    Truncated,
 )
 from rankwise.testing import LAYERS as BASIC
 from rankwise.testing import Layer
@@ -64,7 +64,6 @@ LEAVES: tuple[Structure, ...] = (
     ThreeFactor(3),
     ThreeFactor(2, 5.0, diagonal=True),
     TinyLoRA(2, size=5),
-    KaSA(2),
     SVFT(),
     SVFT("random", 1),
     SVFT("top_k", 2),
@@ -87,6 +86,8 @@ WRAPPED: tuple[Structure, ...] = (
     Magnitude(Core(3)),
     Magnitude(ThreeFactor(3)),
     Anchored(ThreeFactor(2)),
+    Truncated(Gated(3), 2),
+    Magnitude(Truncated(LoRA(2), 1)),
     Anchored(Anchored(LoRA(2))),
     Stack(LoRA(3), OFT(4)),
     Stack(OFT(4), LoRA(3)),

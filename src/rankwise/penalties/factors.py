@@ -96,16 +96,16 @@ class SingularValues(Term):
         gamma: weight of what the factors lack to orthonormal rows and columns.
     """
 
-    requires = frozenset({"gated"})
+    requires = frozenset({"lowrank"})
 
     beta: float = 1e-4
     gamma: float = 1e-3
 
     def __call__(self, adapter: Any, step: int) -> Tensor:
         sites = adapter.sites.values()
-        values = [e.square().sum() for e in trained(sites, ("rank",))]
-        sizes = [torch.linalg.matrix_norm(excess(p)).sum() for p in trained(sites, *SIDES)]
-        return self.beta * torch.stack(values).sum() + self.gamma * torch.stack(sizes).sum()
+        terms = [self.beta * e.square().sum() for e in trained(sites, ("rank",))]
+        terms += [self.gamma * torch.linalg.matrix_norm(excess(p)).sum() for p in trained(sites, *SIDES)]
+        return torch.stack(terms).sum()
 
 
 @final

@@ -7,7 +7,7 @@ from rankwise.inits import Orthogonal, Principal
 from rankwise.penalties import OrthonormalPull, SingularValues
 from rankwise.recipes.point import point
 from rankwise.solvers import Landing, StelLA
-from rankwise.structures import SVFT, Anchored, KaSA, LoRAFA, SVDForm, ThreeFactor, TinyLoRA
+from rankwise.structures import SVFT, Anchored, Gated, LoRAFA, SVDForm, ThreeFactor, TinyLoRA, Truncated
 
 __all__ = ["asym_lora", "kasa", "polar", "sorsa", "stella", "svft", "tinylora"]
 
@@ -137,7 +137,7 @@ def kasa(rank: int = 16, alpha: float | None = None, beta: float = 1e-4, gamma: 
         axes,
         "kasa",
         5e-4,
-        KaSA(rank, rank if alpha is None else alpha),
+        Truncated(Gated(rank, rank if alpha is None else alpha), rank),
         "Wang et al. 2024, arXiv 2412.06071",
         penalties=(SingularValues(beta, gamma),),
     )

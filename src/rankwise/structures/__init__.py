@@ -6,13 +6,13 @@ from rankwise.structures.lowrank import Core, Gated, InputSide, LoRA, LoRAFA, SV
 from rankwise.structures.products import HiRA, LoHa, LoKr
 from rankwise.structures.rotations import OFT
 from rankwise.structures.structure import Added, Additive, Begun, Factor, Factors, Gate, Rotation, Start, Structure
-from rankwise.structures.threefactor import SVFT, KaSA, ThreeFactor, TinyLoRA
+from rankwise.structures.threefactor import SVFT, ThreeFactor, TinyLoRA, Truncated
 from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
     "OFT", "SVFT", "Added", "Additive", "Anchored", "Begun", "Chain", "Core", "CrossGroup", "Delta", "Factor",
-    "Factors", "Gate", "Gated", "HiRA", "InputSide", "KaSA", "LoHa", "LoKr", "LoRA", "LoRAFA", "Magnitude", "PatchOFT",
+    "Factors", "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "Magnitude", "PatchOFT",
     "Replace", "Rotation", "Rows", "SVDForm", "Stack", "Start", "Structure", "Switched", "ThreeFactor", "TinyLoRA",
-    "TokenRows",
+    "TokenRows", "Truncated",
 ]  # fmt: skip

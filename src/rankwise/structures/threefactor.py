@@ -14,7 +14,18 @@ from rankwise.errors import IncompatibleAxes, RankError
 from rankwise.host import Site
 from rankwise.ops import Dense, Diagonal, LinearOperator, Patterned, Product, Scaled, Sum
 from rankwise.structures.lowrank import Ranked
-from rankwise.structures.structure import Added, Additive, Begun, Factor, Factors, Start, check_rank
+from rankwise.structures.structure import (
+    Added,
+    Additive,
+    Begun,
+    Factor,
+    Factors,
+    LeafStart,
+    Start,
+    Structure,
+    check_rank,
+)
+from rankwise.structures.wrappers import keep, named
 
 _PLAIN = Ranked.traits - {"lowrank", "random_start"}
 
@@ -93,39 +104,41 @@ class TinyLoRA(Ranked, Additive, Begun):
 
 @final
 @dataclass(frozen=True)
-class KaSA(Ranked, Added, Begun):
-    """``W - U_r S_r V_r^T + s B diag(e) A``, of W's r smallest triplets (Wang et al. 2024, arXiv 2412.06071).
+class Truncated(Added):
+    """``W - U_d S_d V_d^T + update``: W without its d smallest singular triplets (KaSA; Wang et al. 2024, 2412.06071).
 
     What is taken from W is stored beside the factors, and W left alone. Moves at the start, by the singular values that
     are dropped.
 
     Attributes:
-        rank: r.
-        alpha: numerator of the scale; None for a scale of 1.
-        scale_rule: "alpha/r" or "alpha/sqrt(r)".
+        inner: the update, an additive structure.
+        dropped: d.
     """
 
-    traits = _PLAIN | {"random_start", "gated", "moves_at_start"}
+    inner: Structure
+    dropped: int = 16
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Added):
+            raise IncompatibleAxes(
+                f"What is dropped from W is added to an update; found Truncated({self.inner!r}). Truncate under the "
+                f"additive structure inside instead: Magnitude(Truncated(LoRA(...)))."
+            )
+        keep(self, traits=self.inner.traits | {"moves_at_start"})
 
     def factors(self, site: Site) -> dict[str, Factor]:
-        r = check_rank(self.rank, site, min(site.rows, site.cols) - 1)
-        sides, cut = _sides(r, site, trainable=True), _sides(r, site, trainable=False)
-        return {
-            "a": Factor(sides["a"].dims, Start.RANDOM),
-            "b": sides["b"],
-            "e": Factor({"rank": r}, Start.NORMAL),
-            "cut_a": cut["a"],
-            "cut_b": cut["b"],
-        }
+        d = check_rank(self.dropped, site, min(site.rows, site.cols) - 1)
+        return {**self.inner.factors(site), **named("cut", _sides(d, site, trainable=False))}
 
-    def begin(self, site: Site, weight: Callable[[], Tensor], drawn: Factors) -> Factors:
+    def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
         u, s, vh = torch.linalg.svd(weight(), full_matrices=False)
-        r = self.rank
-        return {"cut_b": u[..., -r:] * s[..., None, -r:], "cut_a": vh[..., -r:, :]}
+        last = -self.dropped
+        cut = {"b": u[..., last:] * s[..., None, last:], "a": vh[..., last:, :]}
+        return {**self.inner.start(site, weight, leaf), **named("cut", cut)}
 
     def delta(self, f: Factors) -> LinearOperator:
-        trained = Product(Dense(f["b"]), Product(Diagonal(f["e"]), Dense(f["a"])))
-        return Sum(Scaled(trained, self.scale), Scaled(Product(Dense(f["cut_b"]), Dense(f["cut_a"])), -1.0))
+        assert isinstance(self.inner, Added)
+        return Sum(self.inner.delta(f), Scaled(Product(Dense(f["cut_b"]), Dense(f["cut_a"])), -1.0))
 
 
 Pattern = Literal["banded", "random", "top_k"]
@@ -149,11 +162,14 @@ class SVFT(Additive, Begun):
     width: int = 0
 
     traits = frozenset({"additive", "drops"})
-    scale = 1.0
 
     def __post_init__(self) -> None:
         if self.pattern not in get_args(Pattern):
             raise IncompatibleAxes(f"A pattern of SVFT is one of {get_args(Pattern)}; found {self.pattern!r}.")
+
+    @property
+    def scale(self) -> float:
+        return 1.0
 
     def _entries(self, site: Site) -> tuple[int, int]:
         """K and the number of M's entries."""
