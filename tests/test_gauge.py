@@ -339,7 +339,7 @@ def test_muon_moves_by_equal_singular_values():
 
 
 EVERY = (*INVARIANT, *VARIANT, Muon(whiten=True), RefLoRA(warmup=4), RefLoRAS(warmup=4), RoLoRA(every=3), SGD(0.9))
-EVERY += (Landing(), StelLA(), StelLA(16.0))
+EVERY += (Landing(), StelLA(), StelLA(16.0), StelLA(betas=None))
 
 
 def test_every_solver_is_tried():

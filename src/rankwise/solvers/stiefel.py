@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rankwise.adapter import SiteFactors
-from rankwise.solvers.chain import ALONE, FRAME, Adam, ChainOptimizer, Step, Transform
+from rankwise.solvers.chain import ALONE, FRAME, ChainOptimizer, Step, Transform
+from rankwise.solvers.gauge import moments
 from rankwise.solvers.muon import polar
 from rankwise.solvers.solver import Solver
 from rankwise.structures.structure import SIDES
@@ -24,8 +25,17 @@ def tall(frame: Tensor) -> Tensor:
     return frame if frame.shape[-2] >= frame.shape[-1] else frame.mT
 
 
+@dataclass(frozen=True, kw_only=True)
 class Framed(Solver):
-    """A solver that is a chain on each frame of a structure; every other trained factor takes Adam's step."""
+    """A solver that is a chain on each frame of a structure; every other trained factor takes Adam's step.
+
+    Attributes:
+        betas: as in AdamW; None for the plain form, gradient descent.
+        eps: as in AdamW.
+    """
+
+    betas: tuple[float, float] | None = (0.9, 0.999)
+    eps: float = 1e-8
 
     requires = frozenset({"frames"})
 
@@ -45,7 +55,7 @@ class Framed(Solver):
 
     @final
     def __call__(self, sites: Iterable[SiteFactors], lr: float) -> torch.optim.Optimizer:
-        return ChainOptimizer(self.groups(sites, lr), self.chain(), (Adam(),))
+        return ChainOptimizer(self.groups(sites, lr), self.chain(), moments(self.betas, self.eps))
 
 
 @final
@@ -76,16 +86,14 @@ class Landing(Framed):
 
     Attributes:
         strength: lambda, of the pull towards orthonormal columns.
-        betas: as in AdamW.
+        betas: as in AdamW; None for the plain form, gradient descent.
         eps: as in AdamW.
     """
 
     strength: float = 5e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
 
     def chain(self) -> tuple[Transform, ...]:
-        return Land(self.strength), Adam(self.betas, self.eps)
+        return Land(self.strength), *moments(self.betas, self.eps)
 
 
 @final
@@ -132,13 +140,11 @@ class StelLA(Framed):
 
     Attributes:
         width: c of the scaling of steps by the width of the model; None for none.
-        betas: as in AdamW.
+        betas: as in AdamW; None for the plain form, gradient descent.
         eps: as in AdamW.
     """
 
     width: float | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
 
     def chain(self) -> tuple[Transform, ...]:
-        return Tangent(), Adam(self.betas, self.eps), Retract(self.width)
+        return Tangent(), *moments(self.betas, self.eps), Retract(self.width)
