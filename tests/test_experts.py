@@ -34,6 +34,7 @@ from rankwise.experts import is_experts
 from rankwise.host import host_of
 from rankwise.structures import (
     OFT,
+    SVFT,
     Anchored,
     CaRA,
     Chain,
@@ -60,7 +61,10 @@ from rankwise.structures import (
     Structure,
     SVDForm,
     Switched,
+    ThreeFactor,
+    TinyLoRA,
     TokenRows,
+    Truncated,
     TTLoRA,
 )
 from rankwise.testing import randomise
@@ -94,6 +98,7 @@ LEAVES = (
     *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3)),
     *(TTLoRA(2), LoRETTA(3, 2), QuanTA(3)),
     *(FacTTT(2), FacTTK(2), LoTR(2), LoRTA(2), CaRA(2), MetaTT(2, heads=2, tasks=2)),
+    *(ThreeFactor(3), TinyLoRA(2, size=5), SVFT("random", 1)),
 )
 WRAPPED = (
     Magnitude(LoRA(4)),
@@ -104,6 +109,7 @@ WRAPPED = (
     Stack(LoRA(2), LoRA(3)),
     Chain(LoRA(3), 2),
     Delta(LoRA(3)),
+    Truncated(Gated(3), 2),
 )
 ALL = (*LEAVES, *WRAPPED, Rows(LoRA(2), (("gate", 0, 16),)))
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])

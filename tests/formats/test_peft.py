@@ -10,6 +10,7 @@ from functools import partial
 import peft
 import pytest
 import torch
+from peft.tuners.lora import KasaConfig
 from peft_models import (
     FIXTURES,
     MHA,
@@ -127,6 +128,17 @@ CASES = {
     "lokr full": (llama, lambda: peft.LoKrConfig(r=64, target_modules=QV)),
     "lokr tucker": (Conv, lambda: peft.LoKrConfig(r=1, target_modules=["c1", "c2", "c2p"], use_effective_conv2d=True)),
     "lokr convolution": (Conv, lambda: peft.LoKrConfig(r=1, target_modules=["c1", "c2", "c2g"])),
+    "kasa": (llama, lambda: L(r=4, lora_alpha=6, kasa_config=KasaConfig(), target_modules=QV)),
+    "kasa rslora": (llama, lambda: L(r=3, use_rslora=True, kasa_config=KasaConfig(), target_modules=["up_proj"])),
+    "tinylora": (
+        partial(llama, num_hidden_layers=11),  # layers.10 sorts before layers.2
+        lambda: peft.TinyLoraConfig(r=2, u=5, target_modules=QV, init_weights="uniform"),
+    ),
+    "tinylora tied": (
+        partial(llama, num_hidden_layers=3),
+        lambda: peft.TinyLoraConfig(r=3, u=20, target_modules=QV, weight_tying=0.4),
+    ),
+    "tinylora gpt2": (gpt2, lambda: peft.TinyLoraConfig(u=4, fan_in_fan_out=True, target_modules=["c_attn"])),
     "hira": (llama, lambda: peft.HiraConfig(r=4, target_modules=QV)),
     "hira embedding": (Emb, lambda: peft.HiraConfig(r=4, target_modules=["lin", "emb"])),
     "hira convolution": (Conv, lambda: peft.HiraConfig(r=4, target_modules=["c1", "c2"])),
@@ -209,11 +221,11 @@ READ = [
     *("lora_pissa", "lora_seqtask", "lora_trainable_tokens", "lora_trainable_tokens_tied"),
     *("trainable_tokens", "lora_mica", "adalora", "loha", "loha_conv", "loha_conv_flat", "lokr"),
     *("lokr_both", "lokr_conv", "lokr_full", "hira", "hira_emb", "oft", "oft_conv", "oft_shared"),
+    *("lora_kasa", "tinylora"),
 ]
 REFUSED = {
     "lora_alora": "alora_invocation_tokens",
     "lora_bdlora": "use_bdlora",
-    "lora_kasa": "kasa_config",
     "lora_monteclora": "monteclora_config",
     "lora_velora": "velora_config",
     "ia3": 'peft_type="IA3"',
@@ -346,6 +358,23 @@ def test_a_setting_whose_meaning_would_be_lost(settings, tmp_path):
     with pytest.raises(rw.errors.ConversionError, match=next(iter(settings))):
         rw.formats.peft.load(model, folder)
     assert rw.adapters(model) == {}
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not save")
+def test_a_tinylora_without_its_random_matrices(tmp_path):
+    config = peft.TinyLoraConfig(u=4, target_modules=QV, save_projection=False)
+    with pytest.raises(rw.errors.ConversionError, match="save_projection=True"):
+        rw.formats.peft.load(made(llama), edited(tmp_path, config=config))
+
+
+def test_a_kasa_that_is_cut_from_no_plain_layer(tmp_path):
+    for name, build, config in (
+        ("conv", Conv, L(r=2, target_modules=["c2p"])),
+        ("pissa", llama, L(r=2, init_lora_weights="pissa", target_modules=QV)),
+    ):
+        folder = edited(tmp_path / name, build, config, kasa_config={"beta": 1e-4, "gamma": 1e-3})
+        with pytest.raises(rw.errors.ConversionError, match="plain linear layers"):
+            rw.formats.peft.load(made(build), folder)
 
 
 def test_what_peft_accepts_loads_and_is_told(tmp_path, capsys):

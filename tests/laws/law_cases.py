@@ -13,6 +13,7 @@ from rankwise.placement import resolve
 from rankwise.sites import Sites
 from rankwise.structures import (
     OFT,
+    SVFT,
     Anchored,
     CaRA,
     Chain,
@@ -42,8 +43,11 @@ from rankwise.structures import (
     Structure,
     SVDForm,
     Switched,
+    ThreeFactor,
     TiedLoRA,
+    TinyLoRA,
     TokenRows,
+    Truncated,
     TTLoRA,
     VeRA,
 )
@@ -73,6 +77,12 @@ LEAVES: tuple[Structure, ...] = (
     *(TTLoRA(2), TTLoRA(3, 2.0, 1, 2), LoRETTA(3, 2, 4.0), LoRETTA(2, 3, 2.0, 2, 1), QuanTA(3), QuanTA(2)),
     *(FacTTT(3), FacTTK(2, 2.0), LoTR(3, 6.0), LoRTA(3, heads=4), CaRA(2), CaRA(2, attention=("0", "mid"))),
     *(MetaTT(3), MetaTT(2, 2.0, heads=4), MetaTT(2, heads=3, tasks=2)),
+    ThreeFactor(3),
+    ThreeFactor(2, 5.0, diagonal=True),
+    TinyLoRA(2, size=5),
+    SVFT(),
+    SVFT("random", 1),
+    SVFT("top_k", 2),
 )
 WRAPPED: tuple[Structure, ...] = (
     Magnitude(LoRA(3)),
@@ -91,6 +101,10 @@ WRAPPED: tuple[Structure, ...] = (
     Anchored(LoKr(2)),
     Anchored(QuanTA(3)),
     Magnitude(Core(3)),
+    Magnitude(ThreeFactor(3)),
+    Anchored(ThreeFactor(2)),
+    Truncated(Gated(3), 2),
+    Magnitude(Truncated(LoRA(2), 1)),
     Anchored(Anchored(LoRA(2))),
     Stack(LoRA(3), OFT(4)),
     Stack(OFT(4), LoRA(3)),

@@ -2,8 +2,9 @@
 
 from rankwise.ops.atoms import BlockDiagonal, Circuit, Dense, Diagonal, Hadamard, Kronecker, Product, Scaled, Sum
 from rankwise.ops.operator import LinearOperator, LowRank
+from rankwise.ops.patterned import Patterned
 
 __all__ = [
-    "BlockDiagonal", "Circuit", "Dense", "Diagonal", "Hadamard", "Kronecker", "LinearOperator", "LowRank", "Product",
-    "Scaled", "Sum",
+    "BlockDiagonal", "Circuit", "Dense", "Diagonal", "Hadamard", "Kronecker", "LinearOperator", "LowRank",
+    "Patterned", "Product", "Scaled", "Sum",
 ]  # fmt: skip

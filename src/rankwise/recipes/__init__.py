@@ -14,6 +14,7 @@ from rankwise.recipes import (
     starts,
     structures,
     tensors,
+    threefactor,
 )
 from rankwise.recipes.compositions import *  # noqa: F403
 from rankwise.recipes.projected import *  # noqa: F403
@@ -24,6 +25,7 @@ from rankwise.recipes.solving import *  # noqa: F403
 from rankwise.recipes.starts import *  # noqa: F403
 from rankwise.recipes.structures import *  # noqa: F403
 from rankwise.recipes.tensors import *  # noqa: F403
+from rankwise.recipes.threefactor import *  # noqa: F403
 
 __all__: list[str] = []
 __all__ += structures.__all__
@@ -35,3 +37,4 @@ __all__ += projected.__all__
 __all__ += ranking.__all__
 __all__ += regularised.__all__
 __all__ += compositions.__all__
+__all__ += threefactor.__all__

@@ -9,12 +9,14 @@ from rankwise.structures.shared import ShareLoRA, TiedLoRA, VeRA
 from rankwise.structures.structure import Added, Additive, Begun, Factor, Factors, Gate, Rotation, Start, Structure
 from rankwise.structures.tensors import LoRETTA, QuanTA, TTLoRA
 from rankwise.structures.tensors_across import CaRA, FacTTK, FacTTT, LoRTA, LoTR, MetaTT
+from rankwise.structures.threefactor import SVFT, ThreeFactor, TinyLoRA, Truncated
 from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
-    "OFT", "Added", "Additive", "Anchored", "Begun", "CaRA", "Chain", "Core", "CrossGroup", "Delta", "FacTTK", "FacTTT",
-    "Factor", "Factors", "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRETTA", "LoRTA",
-    "LoTR", "Magnitude", "MetaTT", "PatchOFT", "QuanTA", "Replace", "Rotation", "Rows", "SVDForm", "ShareLoRA", "Stack",
-    "Start", "Structure", "Switched", "TTLoRA", "TiedLoRA", "TokenRows", "VeRA",
+    "OFT", "SVFT", "Added", "Additive", "Anchored", "Begun", "CaRA", "Chain", "Core", "CrossGroup", "Delta",
+    "FacTTK", "FacTTT", "Factor", "Factors", "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA",
+    "LoRETTA", "LoRTA", "LoTR", "Magnitude", "MetaTT", "PatchOFT", "QuanTA", "Replace", "Rotation", "Rows",
+    "SVDForm", "ShareLoRA", "Stack", "Start", "Structure", "Switched", "TTLoRA", "ThreeFactor", "TiedLoRA",
+    "TinyLoRA", "TokenRows", "Truncated", "VeRA",
 ]  # fmt: skip

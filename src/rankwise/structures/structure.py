@@ -68,6 +68,9 @@ class Factor:
         return tuple(self.dims.values())
 
 
+SIDES = (("rank", "in"), ("out", "rank"))  # dims of a and b
+
+
 def trained_pairs(described: Mapping[str, Factor]) -> list[tuple[str, str, float]]:
     """The names of b and a, and s, of every trained product ``s * b @ a``."""
     found = []
@@ -98,6 +101,7 @@ class Structure(ABC):
     - ``product``: every trained update is ``s * b @ a``, so dL/db = s G a^T and dL/da = s b^T G, G = dL/dW;
     - ``pair``: it is, and both factors of each product are trained;
     - ``core``: the update is ``s * b @ c @ a`` and c alone is trained;
+    - ``frames``: it has trained factors b (out, rank) and a (rank, in) that start with orthonormal columns and rows;
     - ``input_side``: the update is ``s * b @ a`` and a alone is trained;
     - ``two_sided``: some factors lie on the "out" side and others on the "in" side;
     - ``anchored``: may start anywhere, since the start is subtracted;

@@ -29,13 +29,15 @@ _KNOWN = """
     oft_block_size orth_reg_weight peft_type peft_version qalora_group_size r rank_dropout rank_dropout_scale
     rank_pattern revision runtime_config target_modules target_parameters target_r task_type tfinal tinit
     token_indices total_step trainable_token_indices use_cayley_neumann use_dora use_effective_conv2d use_rslora
+    kasa_config init_v_bound projection_seed save_projection tinylora_dropout u weight_tying
 """
 # settings that change the map, in ways that no structure here expresses
 _LOST = """
-    alora_invocation_tokens arrow_config coft kasa_config layer_replication megatron_config monteclora_config
+    alora_invocation_tokens arrow_config coft layer_replication megatron_config monteclora_config
     use_bdlora use_qalora velora_config
 """
-_INITS = {"true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lycoris", "pissa"}
+DROPOUTS = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout", "TINYLORA": "tinylora_dropout"}
+_INITS = {"true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lycoris", "pissa", "uniform"}
 
 
 def read_config(folder: Path, left: list[str]) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def read_config(folder: Path, left: list[str]) -> dict[str, Any]:
     init = str(found.get("init_lora_weights", found.get("init_weights"))).lower()
     if init not in _INITS:
         raise ConversionError(f'init_lora_weights="{init}" edits the base, and the file lacks the edit. {RESAVE}')
-    training = [key for key in ("module_dropout", "rank_dropout") if found.get(key)]
+    training = [key for key in ("module_dropout", "rank_dropout", "weight_tying") if found.get(key)]
     left += [f"{key}={found[key]}, which acts in PEFT's training only" for key in training]
     return {**_DEFAULTS, **found}
 

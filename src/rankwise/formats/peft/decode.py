@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.errors import ConversionError, FileFormatError
 from rankwise.formats.peft.config import MERGE, RESAVE, pattern
 from rankwise.formats.peft.layout import METHODS, Place, check, ours
 from rankwise.host import LAYER, Site, host_of
 from rankwise.inits import Principal
-from rankwise.structures import OFT, Anchored, HiRA, LoHa, LoKr, LoRA, Magnitude, Structure, SVDForm
+from rankwise.structures import OFT, Anchored, Gated, HiRA, LoHa, LoKr, LoRA, Magnitude, Structure, SVDForm, Truncated
 from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.wrappers import named
 
@@ -38,6 +38,12 @@ def decode(
         # the start that PEFT has cut out of the base
         f |= named("anchor", Principal()(site, structure, host_of(module, LAYER).weight, None))
         structure = Anchored(structure)
+    if config.get("kasa_config"):
+        if not isinstance(structure, LoRA) or not isinstance(module, nn.Linear):
+            raise ConversionError(f"A KaSA is rebuilt for plain linear layers; {site.name} is none. {MERGE}")
+        gated = Gated(structure.rank, structure.alpha, structure.scale_rule)
+        structure = Truncated(gated, gated.rank)  # PEFT has cut it out of the base
+        f = structure.start(site, host_of(module, LAYER).weight, lambda structure, site, weight, f=f: f)
     if config.get("use_dora") and site.groups > 1:
         raise ConversionError(f"PEFT's LoRA of {site.name} crosses its groups: no weight for a DoRA. {MERGE}")
     if config.get("use_dora"):

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from rankwise.candidates import Candidate, base_modules, candidates
 from rankwise.errors import ConversionError
+from rankwise.formats.peft import threefactor
 from rankwise.formats.peft.method import Method
 from rankwise.host import LAYER, Site
 from rankwise.structures import OFT, HiRA, LoHa, LoKr, LoRA, SVDForm
 
-_PAIR = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_PAIR = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector", "e": "lora_diag"}
 _HADA = {"b1": "hada_w1_a", "a1": "hada_w1_b", "b2": "hada_w2_a", "a2": "hada_w2_b"}
 _KRON = {"c": "lokr_w1", "c_b": "lokr_w1_a", "c_a": "lokr_w1_b"}
 _KRON |= {"d": "lokr_w2", "d_b": "lokr_w2_a", "d_a": "lokr_w2_b"}
@@ -34,6 +35,7 @@ METHODS = {
     "HIRA": Method(HiRA, {"a": "hira_A", "b": "hira_B"}, _ALL, ("dilation",)),
     "OFT": Method(OFT, {"q": "oft_R.weight"}, ("Linear", "Conv2d"), ("groups",)),
 }
+METHODS |= threefactor.METHODS
 
 
 def layer_of(site: Site, module: Any) -> str:
@@ -123,7 +125,8 @@ def ours(kind: str, place: Place, tensors: Mapping[str, Tensor]) -> dict[str, Te
         raise ConversionError(
             f"Tensors of {site.name} are of no plain {kind}: {sorted(foreign)}. Merge it in PEFT, use the merged model."
         )
-    f = {names[k]: v.flatten() if k.endswith(("_E", "_vector")) else v.flatten(1) for k, v in found.items()}
+    lines = {k for k, v in found.items() if v.dim() == 1 or k.endswith(("_E", "_vector"))}
+    f = {names[k]: v.flatten() if k in lines else v if k == "tinylora_P" else v.flatten(1) for k, v in found.items()}
     if site.stack and {"a", "b"} <= f.keys():
         f["a"] = f["a"].reshape(site.stack, -1, site.cols)
         f["b"] = f["b"].reshape(site.rows, -1, site.stack).permute(2, 0, 1)  # expert index fastest

@@ -18,8 +18,9 @@ from rankwise.adapter import Dropout, Placement
 from rankwise.attachment import Adapter
 from rankwise.candidates import base_modules
 from rankwise.errors import ConversionError
-from rankwise.formats.peft.config import CONFIG, VERSION
+from rankwise.formats.peft.config import CONFIG, DROPOUTS, VERSION
 from rankwise.formats.peft.layout import METHODS, Place, check, layer_of, places, theirs
+from rankwise.formats.peft.threefactor import SHARED
 from rankwise.formats.report import ExportReport
 from rankwise.host import host_of
 from rankwise.structures import OFT, Added, Chain, LoRA, LoRAFA, Magnitude, Replace, Rows, Stack, Structure, TokenRows
@@ -202,6 +203,18 @@ def _oft(d: _Draft, placements: list[Placement]) -> None:
     d.settings["r"] = 0
 
 
+def _tinylora(d: _Draft, placements: list[Placement]) -> None:
+    """The vectors, which hold the scale, are counted in the model's order."""
+    order, sizes = [*d.modules], {}
+    for i, p in enumerate(sorted(placements, key=lambda p: order.index(p.carriers[0][0]))):
+        s: Any = p.structure
+        f = d.factors(p)
+        d.tensors[f"{SHARED}.tinylora_v.{i}"] = f.pop("v") * s.scale
+        sizes[d.put(p, f).key] = s.rank, s.size
+    d.spread("r", {key: r for key, (r, _) in sizes.items()})
+    d.spread("u", {key: u for key, (_, u) in sizes.items()})
+
+
 _PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 
 
@@ -216,7 +229,10 @@ def _plain(d: _Draft, placements: list[Placement]) -> None:
         d.spread(name, {key: found[name] for key, found in said.items()}, _PATTERNS.get(name))
 
 
-_WRITERS = {"LORA": _lora, "ADALORA": _adalora, "OFT": _oft, **dict.fromkeys(("LOHA", "LOKR", "HIRA"), _products)}
+_WRITERS = {
+    **{"LORA": _lora, "ADALORA": _adalora, "OFT": _oft, "TINYLORA": _tinylora},
+    **dict.fromkeys(("LOHA", "LOKR", "HIRA"), _products),
+}
 
 
 # -- the model's own tensors --------------------------------------------------------------------
@@ -334,7 +350,7 @@ def _config(d: _Draft) -> dict[str, Any]:
     if any(type(d.modules[t]).__name__ == "Conv1D" for t in targets):
         d.settings["fan_in_fan_out"] = True
     p = d.adapter.recipe.dropout
-    key = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout"}.get(d.kind or "")
+    key = DROPOUTS.get(d.kind or "")
     if key and not parameters and not isinstance(p, Dropout):
         d.settings[key] = p
     elif p:
