@@ -1,5 +1,7 @@
 """Structures: how trainable factors become an update, and how it meets the frozen weight."""
 
+from rankwise.structures.augmented import ABBA, GLoRA, MoRA, PRoLoRA, SineLoRA
+from rankwise.structures.blocks import BoRA, GraLoRA, MELoRA
 from rankwise.structures.chains import Chain, Delta
 from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.lowrank import Core, Gated, InputSide, LoRA, LoRAFA, SVDForm, Switched
@@ -10,7 +12,8 @@ from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
-    "OFT", "Added", "Additive", "Anchored", "Begun", "Chain", "Core", "CrossGroup", "Delta", "Factor", "Factors",
-    "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "Magnitude", "PatchOFT", "Replace",
-    "Rotation", "Rows", "SVDForm", "Stack", "Start", "Structure", "Switched", "TokenRows",
+    "ABBA", "OFT", "Added", "Additive", "Anchored", "Begun", "BoRA", "Chain", "Core", "CrossGroup", "Delta", "Factor",
+    "Factors", "GLoRA", "Gate", "Gated", "GraLoRA", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "MELoRA",
+    "Magnitude", "MoRA", "PRoLoRA", "PatchOFT", "Replace", "Rotation", "Rows", "SVDForm", "SineLoRA", "Stack",
+    "Start", "Structure", "Switched", "TokenRows",
 ]  # fmt: skip
