@@ -36,12 +36,15 @@ from rankwise.structures import (
     PRoLoRA,
     Replace,
     Rows,
+    ShareLoRA,
     SineLoRA,
     Stack,
     Structure,
     SVDForm,
     Switched,
+    TiedLoRA,
     TokenRows,
+    VeRA,
 )
 from rankwise.testing import LAYERS as BASIC
 from rankwise.testing import Layer
@@ -77,6 +80,7 @@ LEAVES: tuple[Structure, ...] = (
     GLoRA(2, "vector", "constant"),
     GLoRA(2, "none"),
     PRoLoRA(4),
+    *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3)),
 )
 WRAPPED: tuple[Structure, ...] = (
     Magnitude(LoRA(3)),

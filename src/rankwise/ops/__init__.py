@@ -1,6 +1,7 @@
 """The algebra of linear operators: the bottom of the library, over torch alone."""
 
-from rankwise.ops.atoms import BlockDiagonal, Dense, Diagonal, Hadamard, Kronecker, Product, Scaled, Sine, Sparse, Sum
+from rankwise.ops.atoms import BlockDiagonal, Dense, Diagonal, Hadamard, Kronecker, Product, Scaled, Sum
+from rankwise.ops.entries import Sine, Sparse
 from rankwise.ops.operator import LinearOperator, LowRank
 
 __all__ = [

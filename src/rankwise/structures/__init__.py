@@ -7,6 +7,7 @@ from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.lowrank import Core, Gated, InputSide, LoRA, LoRAFA, SVDForm, Switched
 from rankwise.structures.products import HiRA, LoHa, LoKr
 from rankwise.structures.rotations import OFT
+from rankwise.structures.shared import ShareLoRA, TiedLoRA, VeRA
 from rankwise.structures.structure import Added, Additive, Begun, Factor, Factors, Gate, Rotation, Start, Structure
 from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
@@ -14,6 +15,6 @@ from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 __all__ = [
     "ABBA", "OFT", "Added", "Additive", "Anchored", "Begun", "BoRA", "Chain", "Core", "CrossGroup", "Delta", "Factor",
     "Factors", "GLoRA", "Gate", "Gated", "GraLoRA", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "MELoRA",
-    "Magnitude", "MoRA", "PRoLoRA", "PatchOFT", "Replace", "Rotation", "Rows", "SVDForm", "SineLoRA", "Stack",
-    "Start", "Structure", "Switched", "TokenRows",
+    "Magnitude", "MoRA", "PRoLoRA", "PatchOFT", "Replace", "Rotation", "Rows", "SVDForm", "ShareLoRA", "SineLoRA",
+    "Stack", "Start", "Structure", "Switched", "TiedLoRA", "TokenRows", "VeRA",
 ]  # fmt: skip
