@@ -77,7 +77,7 @@ LEAVES: tuple[Structure, ...] = (
     GraLoRA(4, 2),
     GraLoRA(2, 2, hybrid=1),
     GLoRA(2),
-    GLoRA(2, "vector", "constant"),
+    GLoRA(2, "constant", "vector"),
     GLoRA(2, "none"),
     PRoLoRA(4),
     *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3)),

@@ -176,29 +176,31 @@ class MoRA(Additive, Begun):
                 f"M is no larger than the smaller side of the layer, {min(site.rows, site.cols)} at {site.name}; found "
                 f"a side of {side} for rank={rank}. Choose a smaller rank, or LoRA there."
             )
-        index = {
-            "of_out": Factor({"out": site.rows}, trainable=False),
-            "of_in": Factor({"in": site.cols}, trainable=False),
-        }
+        inner = self._inner(side, site.cols)
+        index = {"of_out": Factor({"out": site.rows}, trainable=False, below=inner)}
+        index["of_in"] = Factor({"in": site.cols}, trainable=False, below=site.cols)
         return {"m": Factor({"row": side, "column": side}), **index}
+
+    def _inner(self, side: int, cols: int) -> int:
+        """How many numbers D reads: one block of M's outputs, or all blocks."""
+        return side if self.kind == "sharing" else cols + -cols % side
 
     def begin(self, site: Site, weight: Callable[[], Tensor], drawn: Factors) -> Factors:
         m = drawn["m"]
-        side, lead = m.shape[-1], (*m.shape[:-2], -1)
-        period = side if self.kind == "sharing" else -(-site.cols // side) * side
-        rows, cols = torch.arange(site.rows, device=m.device) % period, torch.arange(site.cols, device=m.device)
-        return {"of_out": rows.expand(lead), "of_in": cols.expand(lead)}
+        rows, cols = (torch.arange(n, device=m.device) for n in (site.rows, site.cols))
+        lead = (*m.shape[:-2], -1)
+        return {"of_out": (rows % self._inner(m.shape[-1], site.cols)).expand(lead), "of_in": cols.expand(lead)}
 
     def operator(self, f: Factors) -> LinearOperator:
         m, (rows, cols) = f["m"], (f[name].reshape(-1, f[name].shape[-1])[0] for name in ("of_out", "of_in"))
         side, n = m.shape[-1], len(cols)
         cols = torch.cat([cols, cols[: -n % side]])
-        size, sharing = len(cols), self.kind == "sharing"
-        inner, ones = side if sharing else size, m.new_ones(*m.shape[:-2], max(size, len(rows)))
+        size, inner = len(cols), self._inner(side, n)
+        ones = m.new_ones(*m.shape[:-2], max(size, len(rows)))
         at = torch.arange(ones.shape[-1], device=m.device)
         read = Sparse(ones[..., :size], at[:size] % inner, cols, (inner, n))
         write = Sparse(ones[..., : len(rows)], at[: len(rows)], rows, (len(rows), inner))
-        square = Dense(m) if sharing else BlockDiagonal(_turned(m, size // side))
+        square = Dense(m) if inner == side else BlockDiagonal(_turned(m, size // side))
         return Product(Product(write, square), read)
 
 
