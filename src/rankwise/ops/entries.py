@@ -61,8 +61,8 @@ class Sparse(LinearOperator):
 
     @property
     def T(self) -> LinearOperator:
-        rows, cols = self.places
-        return Sparse(self.values, cols, rows, self.shape[::-1])
+        (m, n), (rows, cols) = self.shape, self.places
+        return Sparse(self.values, cols, rows, (n, m))
 
     def lower(self) -> LowRank | None:
         return None

@@ -30,6 +30,14 @@ _KNOWN = """
     rank_pattern revision runtime_config target_modules target_parameters target_r task_type tfinal tinit
     token_indices total_step trainable_token_indices use_cayley_neumann use_dora use_effective_conv2d use_rslora
 """
+# settings of the methods in augmented.py, as above
+_KNOWN += """
+    config_A_B config_C config_D_E gralora_dropout gralora_k hybrid_r
+"""
+_DEFAULTS |= dict(config_A_B="lora", gralora_k=2, hybrid_r=0)
+# dropout of the layer's input, by method
+DROPOUTS = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout"}
+DROPOUTS |= {"GRALORA": "gralora_dropout"}
 # settings that change the map, in ways that no structure here expresses
 _LOST = """
     alora_invocation_tokens arrow_config coft kasa_config layer_replication megatron_config monteclora_config

@@ -18,7 +18,7 @@ from rankwise.adapter import Dropout, Placement
 from rankwise.attachment import Adapter
 from rankwise.candidates import base_modules
 from rankwise.errors import ConversionError
-from rankwise.formats.peft.config import CONFIG, VERSION
+from rankwise.formats.peft.config import CONFIG, DROPOUTS, VERSION
 from rankwise.formats.peft.layout import METHODS, Place, check, layer_of, places, theirs
 from rankwise.formats.report import ExportReport
 from rankwise.host import host_of
@@ -202,18 +202,16 @@ def _oft(d: _Draft, placements: list[Placement]) -> None:
     d.settings["r"] = 0
 
 
-_PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
-
-
 def _plain(d: _Draft, placements: list[Placement]) -> None:
     """A method whose table entry says all."""
     said: dict[str, dict[str, Any]] = {}
+    method = METHODS[d.kind or ""]
     for p in placements:
-        settings, f = METHODS[d.kind or ""].settings, d.factors(p)
-        found = settings(p.structure, p.site, f) if settings else {}
+        f = d.factors(p)
+        found = method.settings(p.structure, p.site, f) if method.settings else {}
         said[d.put(p, f).key] = found
     for name in {name: None for found in said.values() for name in found}:
-        d.spread(name, {key: found[name] for key, found in said.items()}, _PATTERNS.get(name))
+        d.spread(name, {key: found[name] for key, found in said.items()}, method.patterns.get(name))
 
 
 _WRITERS = {"LORA": _lora, "ADALORA": _adalora, "OFT": _oft, **dict.fromkeys(("LOHA", "LOKR", "HIRA"), _products)}
@@ -334,7 +332,7 @@ def _config(d: _Draft) -> dict[str, Any]:
     if any(type(d.modules[t]).__name__ == "Conv1D" for t in targets):
         d.settings["fan_in_fan_out"] = True
     p = d.adapter.recipe.dropout
-    key = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout"}.get(d.kind or "")
+    key = DROPOUTS.get(d.kind or "")
     if key and not parameters and not isinstance(p, Dropout):
         d.settings[key] = p
     elif p:
