@@ -91,7 +91,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 LEAVES = (
     *(LoRA(4), SVDForm(3), LoKr(4), LoHa(2), HiRA(4), OFT(4), Replace()),
     *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3)),
-    *(ABBA(2), MoRA(2), SineLoRA(2), MELoRA(2, 2), BoRA(2, 2), GraLoRA(4, 2), GLoRA(2), PRoLoRA(4)),
+    *(ABBA(2), MoRA(2), SineLoRA(2), MELoRA(2), BoRA(2), GraLoRA(4), GLoRA(2), PRoLoRA(4)),
 )
 WRAPPED = (
     Magnitude(LoRA(4)),

@@ -29,11 +29,11 @@ def adapted(structure, moved=True):
     [
         (ABBA(3), 9),
         (MoRA(4, "sharing"), 21),
-        (MELoRA(3, 4), 12),
-        (BoRA(3, 4), 12),
-        (GraLoRA(8, 4), 32),
-        (GraLoRA(8, 4, hybrid=3), 35),
-        (GraLoRA(5, 1), 5),
+        (MELoRA(3, blocks=4), 12),
+        (BoRA(3, blocks=4), 12),
+        (GraLoRA(8, blocks=4), 32),
+        (GraLoRA(8, blocks=4, hybrid=3), 35),
+        (GraLoRA(5, blocks=1), 5),
         (GLoRA(3, "none"), 3),
         (GLoRA(3, "none", "vector"), 1),
         (PRoLoRA(8, unshared=2), 8),
@@ -70,14 +70,14 @@ def test_abba_starts_at_the_best_approximation_of_w():
 
 
 def test_blocks_that_do_not_differ_are_lora():
-    w, f = adapted(BoRA(3, 4, 6.0))
+    w, f = adapted(BoRA(3, 6.0, blocks=4))
     f["e"] = torch.ones_like(f["e"])
     pair = {"b": f["b"].flatten(0, 1), "a": torch.cat([*f["a"]], -1)}
-    torch.testing.assert_close(BoRA(3, 4, 6.0).weight(f, w), LoRA(3, 6.0).weight(pair, w), rtol=0, atol=1e-12)
+    torch.testing.assert_close(BoRA(3, 6.0, blocks=4).weight(f, w), LoRA(3, 6.0).weight(pair, w), rtol=0, atol=1e-12)
 
 
 def test_a_small_sine_is_lora():
-    structure = SineLoRA(3, 6.0, 10.0)
+    structure = SineLoRA(3, 6.0, frequency=10.0)
     w, f = adapted(structure)
     f = {name: value * 1e-4 for name, value in f.items()}
     lora = LoRA(3, 6.0 * 10.0 / IN**0.5).weight(f, w) - w
@@ -91,7 +91,7 @@ def test_the_shared_chunk_is_drawn_as_for_all_columns():
     assert f["own_a"].abs().max() <= bound
 
 
-@pytest.mark.parametrize("structure", [MELoRA(2, 5), BoRA(2, 0), GraLoRA(5, 5)], ids=repr)
+@pytest.mark.parametrize("structure", [MELoRA(2, blocks=5), BoRA(2, blocks=0), GraLoRA(5, blocks=5)], ids=repr)
 def test_blocks_divide_the_layer(structure):
     with pytest.raises(RankError, match=r"divide both sides .* \(48 x 64\)\. Choose another"):
         adapted(structure)
@@ -100,9 +100,9 @@ def test_blocks_divide_the_layer(structure):
 @pytest.mark.parametrize(
     ("structure", "message"),
     [
-        (GraLoRA(6, 4), "multiple of the blocks"),
-        (GraLoRA(8, 4, hybrid=49), "here 48"),
-        (MELoRA(13, 4), "here 12"),
+        (GraLoRA(6, blocks=4), "multiple of the blocks"),
+        (GraLoRA(8, blocks=4, hybrid=49), "here 48"),
+        (MELoRA(13, blocks=4), "here 12"),
         (ABBA(49), "here 48"),
         (MoRA(22), "a side of 50 for rank=22"),
         (PRoLoRA(4, unshared=4), "Fewer ranks are unshared"),

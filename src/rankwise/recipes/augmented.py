@@ -28,7 +28,7 @@ def abba(rank: int = 8, alpha: float | None = None, iterations: int | None = Non
         Singhal et al. 2025, arXiv 2505.14238. Deviation: one rank for both products; the SVD of W is exact, where the
         paper's code takes a randomised one of 10 iterations.
     """
-    structure = ABBA(rank, 8.0 * rank if alpha is None else alpha, iterations)
+    structure = ABBA(rank, 8.0 * rank if alpha is None else alpha, iterations=iterations)
     return point(axes, "abba", 2e-3, structure, "Singhal et al. 2025, arXiv 2505.14238")
 
 
@@ -71,7 +71,7 @@ def sinelora(rank: int = 8, alpha: float | None = None, frequency: float = 200.0
     References:
         Ji et al. 2024, arXiv 2403.19243. Deviation: the paper leaves the frequency to the user; 200 is ours.
     """
-    structure = SineLoRA(rank, rank if alpha is None else alpha, frequency)
+    structure = SineLoRA(rank, rank if alpha is None else alpha, frequency=frequency)
     return point(axes, "sinelora", 1e-3, structure, "Ji et al. 2024, arXiv 2403.19243")
 
 
@@ -92,7 +92,7 @@ def melora(rank: int = 4, blocks: int = 4, alpha: float | None = None, **axes: A
     References:
         Ren et al. 2024, arXiv 2402.17263. Deviation: the number of blocks is ours.
     """
-    structure = MELoRA(rank, blocks, rank if alpha is None else alpha)
+    structure = MELoRA(rank, rank if alpha is None else alpha, blocks=blocks)
     return point(axes, "melora", 2e-3, structure, "Ren et al. 2024, arXiv 2402.17263")
 
 
@@ -115,7 +115,7 @@ def bora(rank: int = 8, blocks: int = 4, alpha: float | None = None, **axes: Any
         Li et al. 2025, arXiv 2508.06953. Deviation: e starts at 1, our choice, so that training begins at LoRA; the
         number of blocks is ours.
     """
-    structure = BoRA(rank, blocks, rank if alpha is None else alpha)
+    structure = BoRA(rank, rank if alpha is None else alpha, blocks=blocks)
     return point(axes, "bora", 2e-3, structure, "Li et al. 2025, arXiv 2508.06953")
 
 
@@ -137,7 +137,7 @@ def gralora(rank: int = 32, blocks: int = 2, alpha: float | None = None, hybrid:
     References:
         Jung et al. 2025, arXiv 2505.20355. Deviation: PEFT divides alpha by r + h, here by r.
     """
-    structure = GraLoRA(rank, blocks, rank if alpha is None else alpha, hybrid)
+    structure = GraLoRA(rank, rank if alpha is None else alpha, blocks=blocks, hybrid=hybrid)
     return point(axes, "gralora", 2e-3, structure, "Jung et al. 2025, arXiv 2505.20355")
 
 
@@ -161,7 +161,7 @@ def localized(rank: int = 2, blocks: int = 4, alpha: float | None = None, **axes
         Barazandeh et al. 2025, arXiv 2506.00236. Deviation: blocks of one size and one rank; for the blocks of the
         diagonal alone take melora.
     """
-    structure = GraLoRA(rank * blocks, blocks, blocks * (rank if alpha is None else alpha))
+    structure = GraLoRA(rank * blocks, blocks * (rank if alpha is None else alpha), blocks=blocks)
     return point(axes, "localized", 2e-3, structure, "Barazandeh et al. 2025, arXiv 2506.00236")
 
 
@@ -211,5 +211,7 @@ def prolora(
         Wang et al. 2024, arXiv 2402.16902. Deviation: the strides are ``max((r - u) // k, 1)``, of the ranks that are
         rotated, where a summary of the paper has r; u and k are ours.
     """
-    structure = PRoLoRA(rank, rank if alpha is None else alpha, unshared, shares_out, shares_in)
+    structure = PRoLoRA(
+        rank, rank if alpha is None else alpha, unshared=unshared, shares_out=shares_out, shares_in=shares_in
+    )
     return point(axes, "prolora", 2e-3, structure, "Wang et al. 2024, arXiv 2402.16902")

@@ -11,29 +11,14 @@ from rankwise.errors import IncompatibleAxes, RankError
 from rankwise.host import Correction, Host, Site
 from rankwise.ops import BlockDiagonal, Dense, Hadamard, LinearOperator, Product, Scaled, Sine, Sparse, Sum
 from rankwise.ops.linalg import truncated_svd
-from rankwise.structures.lowrank import scale_of
+from rankwise.structures.lowrank import Ranked
 from rankwise.structures.structure import Additive, Begun, Factor, Factors, Leaf, Start, check_rank
 from rankwise.structures.wrappers import keep, under
 
 
-@dataclass(frozen=True)
-class Scaling(Additive):
-    """A rank and the scale alpha/r."""
-
-    rank: int = 8
-    alpha: float | None = 8.0
-
-    traits = frozenset({"additive", "two_sided", "random_start", "drops"})
-
-    @property
-    @final
-    def scale(self) -> float:
-        return scale_of(self.rank, self.alpha, "alpha/r")
-
-
 @final
 @dataclass(frozen=True)
-class ABBA(Scaling, Begun):
+class ABBA(Ranked, Additive, Begun):
     """``W + s (B1 A1) * (B2 A2)`` elementwise, exactly of rank r^2 (Singhal et al. 2025, arXiv 2505.14238).
 
     B1 A1 starts as the best rank-r approximation of W, and B2 at zero. It is applied by the Khatri-Rao products of the
@@ -41,11 +26,14 @@ class ABBA(Scaling, Begun):
 
     Attributes:
         rank: r of both products.
-        alpha: numerator of the scale alpha/r, the paper's rank-stable 1/sqrt(r1 r2); None for a scale of 1.
+        alpha: numerator of the scale; None for a scale of 1.
+        scale_rule: "alpha/r", the paper's rank-stable 1/sqrt(r1 r2), or "alpha/sqrt(r)".
         iterations: power iterations of the randomised SVD of W; None for the exact one.
     """
 
     iterations: int | None = None
+
+    traits = Ranked.traits - {"lowrank"}
 
     def factors(self, site: Site) -> dict[str, Factor]:
         r = check_rank(self.rank, site, min(site.rows, site.cols))
@@ -69,18 +57,21 @@ class ABBA(Scaling, Begun):
 
 @final
 @dataclass(frozen=True)
-class SineLoRA(Scaling):
+class SineLoRA(Ranked, Additive):
     """``W + s/sqrt(in) sin(w B A)`` elementwise, of any rank (Ji et al. 2024, arXiv 2403.19243).
 
     The matrix itself is formed, in forward and again in backward; it is not kept.
 
     Attributes:
         rank: r of the product inside.
-        alpha: numerator of the scale s = alpha/r; None for a scale of 1.
+        alpha: numerator of the scale s; None for a scale of 1.
+        scale_rule: "alpha/r" or "alpha/sqrt(r)".
         frequency: w.
     """
 
     frequency: float = 200.0
+
+    traits = Ranked.traits - {"lowrank"}
 
     def factors(self, site: Site) -> dict[str, Factor]:
         r = check_rank(self.rank, site, min(site.rows, site.cols))
@@ -93,14 +84,15 @@ class SineLoRA(Scaling):
 
 @final
 @dataclass(frozen=True)
-class PRoLoRA(Scaling, Begun):
+class PRoLoRA(Ranked, Additive, Begun):
     """``W + s B A``, most ranks of which repeat one chunk, rotated along the rank (Wang et al. 2024, arXiv 2402.16902).
 
     ``A = [A_own; A_0, roll(A_0, t), ..., roll(A_0, (k-1) t)]`` with t = max((r - u) // k, 1), and B likewise over rows.
 
     Attributes:
         rank: r, in all.
-        alpha: numerator of the scale s = alpha/r; None for a scale of 1.
+        alpha: numerator of the scale s; None for a scale of 1.
+        scale_rule: "alpha/r" or "alpha/sqrt(r)".
         unshared: u, ranks with parameters of their own everywhere.
         shares_out: k of B, chunks of rows that share; divides the rows.
         shares_in: k of A, chunks of columns that share; divides the columns.
@@ -109,6 +101,8 @@ class PRoLoRA(Scaling, Begun):
     unshared: int = 1
     shares_out: int = 2
     shares_in: int = 2
+
+    traits = Ranked.traits - {"lowrank"}
 
     def factors(self, site: Site) -> dict[str, Factor]:
         r, u = check_rank(self.rank, site, min(site.rows, site.cols)), self.unshared

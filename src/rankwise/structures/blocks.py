@@ -12,24 +12,17 @@ import torch
 from rankwise.errors import RankError
 from rankwise.host import Site
 from rankwise.ops import BlockDiagonal, Dense, LinearOperator, Product, Sparse, Sum
-from rankwise.structures.lowrank import scale_of
+from rankwise.structures.lowrank import Ranked
 from rankwise.structures.structure import Additive, Factor, Factors, Start, check_rank
 
 
 @dataclass(frozen=True)
-class Blocked(Additive):
-    """A rank, a number of blocks a side, and a scale."""
+class Blocked(Ranked, Additive):
+    """A rank, a scale, and a number of blocks a side."""
 
-    rank: int = 4
     blocks: int = 4
-    alpha: float | None = 4.0
 
-    traits = frozenset({"additive", "two_sided", "random_start", "drops"})
-
-    @property
-    @final
-    def scale(self) -> float:
-        return scale_of(self.rank, self.alpha, "alpha/r")
+    traits = Ranked.traits - {"lowrank"}
 
     @final
     def sides(self, site: Site, most: int) -> dict[str, Factor]:
@@ -58,8 +51,9 @@ class MELoRA(Blocked):
 
     Attributes:
         rank: r of each block.
+        alpha: numerator of the scale; None for a scale of 1.
+        scale_rule: "alpha/r" or "alpha/sqrt(r)".
         blocks: k; divides both sides of the layer.
-        alpha: numerator of the scale alpha/r; None for a scale of 1.
     """
 
     def factors(self, site: Site) -> dict[str, Factor]:
@@ -76,8 +70,9 @@ class BoRA(Blocked):
 
     Attributes:
         rank: r of each block.
+        alpha: numerator of the scale; None for a scale of 1.
+        scale_rule: "alpha/r" or "alpha/sqrt(r)".
         blocks: k; divides both sides of the layer.
-        alpha: numerator of the scale alpha/r; None for a scale of 1.
     """
 
     def factors(self, site: Site) -> dict[str, Factor]:
@@ -101,8 +96,9 @@ class GraLoRA(Blocked):
 
     Attributes:
         rank: r, a multiple of k; the whole is of rank k r.
+        alpha: numerator of the scale; None for a scale of 1.
+        scale_rule: "alpha/r" or "alpha/sqrt(r)".
         blocks: k; divides both sides of the layer.
-        alpha: numerator of the scale alpha/r; None for a scale of 1.
         hybrid: rank of a LoRA on the whole weight beside the grid, of the same scale; 0 for none.
     """
 

@@ -29,7 +29,7 @@ _PARTS |= {f"nothing_{part}": f"{part}.zeros" for part in "ABCDE"}  # buffers of
 def _gralora(config: Mapping[str, Any], site: Site, f: dict[str, Tensor]) -> Structure:
     r, h = config["r"], config["hybrid_r"]
     f["a"], f["b"] = f["a"].unflatten(1, (-1, r)).mT, f["b"].unflatten(1, (r, -1)).mT
-    return GraLoRA(r, config["gralora_k"], config["alpha"] * r / (r + h), h)
+    return GraLoRA(r, config["alpha"] * r / (r + h), blocks=config["gralora_k"], hybrid=h)
 
 
 def _of_gralora(structure: GraLoRA, site: Site, f: dict[str, Tensor]) -> dict[str, Any]:
