@@ -122,7 +122,8 @@ REFERENCES = {
         {"rank": 3}, ({"rank": 3, "kind": "sharing"}, {"rank": 1, "kind": "sharing"}, {"rank": 1}),
     ),
     "sinelora": Reference(
-        sine, pair, "Ji et al. 2024, arXiv 2403.19243", {"rank": 3}, ({"rank": 2, "alpha": 3.0, "frequency": 7.0},)
+        sine, pair, "Ji et al. 2024, arXiv 2403.19243, as its code has it", {"rank": 3},
+        ({"rank": 2, "alpha": 3.0, "frequency": 7.0},),
     ),
     "melora": Reference(
         melora, pair, "Ren et al. 2024, arXiv 2402.17263", {"rank": 2}, ({"rank": 1, "blocks": 8, "alpha": 3.0},)
@@ -140,7 +141,7 @@ REFERENCES = {
         "Barazandeh et al. 2025, arXiv 2506.00236", {"rank": 1}, ({"rank": 2, "blocks": 2, "alpha": 3.0},),
     ),
     "glora": Reference(
-        glora, of_glora, "Chavan et al. 2023, arXiv 2306.07967, without the bias; as PEFT has it", {"rank": 3},
+        glora, of_glora, "Chavan et al. 2023, arXiv 2306.07967, as its code has it, without the bias", {"rank": 3},
         ({"gate": "vector", "update": "constant"}, {"gate": "constant", "update": "vector"},
          {"gate": "none", "rank": 2}, {"update": "none"}),
     ),
