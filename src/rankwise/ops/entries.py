@@ -2,7 +2,6 @@
 
 from typing import final
 
-import torch
 from torch import Tensor
 
 from rankwise.ops.operator import Cost, LinearOperator, LowRank, gradients_of
@@ -10,27 +9,27 @@ from rankwise.ops.operator import Cost, LinearOperator, LowRank, gradients_of
 
 @final
 class Sine(LinearOperator):
-    """``sin(frequency * op)`` elementwise, which is of higher rank than op."""
+    """``sin(op)`` elementwise, which is of higher rank than op."""
 
-    def __init__(self, op: LinearOperator, frequency: float) -> None:
-        self.op, self.frequency = op, frequency
+    def __init__(self, op: LinearOperator) -> None:
+        self.op = op
         self.shape = op.shape
 
     def mv(self, x: Tensor) -> Tensor:
         return x @ self.dense().to(x.dtype).mT
 
     def dense(self) -> Tensor:
-        return torch.sin(self.frequency * self.op.dense())
+        return self.op.dense().sin()
 
     @property
     def T(self) -> LinearOperator:
-        return Sine(self.op.T, self.frequency)
+        return Sine(self.op.T)
 
     def lower(self) -> LowRank | None:
         return None
 
     def gradients(self, g: Tensor) -> list[Tensor | None]:
-        return gradients_of(self.op, lambda: g * self.frequency * torch.cos(self.frequency * self.op.dense()))
+        return gradients_of(self.op, lambda: g * self.op.dense().cos())
 
     @property
     def cost(self) -> Cost:

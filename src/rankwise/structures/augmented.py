@@ -78,7 +78,7 @@ class SineLoRA(Ranked, Additive):
         return {"a": Factor({"rank": r, "in": site.cols}, Start.RANDOM), "b": Factor({"out": site.rows, "rank": r})}
 
     def operator(self, f: Factors) -> LinearOperator:
-        wave = Sine(Product(Dense(f["b"]), Dense(f["a"])), self.frequency)
+        wave = Sine(Product(Dense(self.frequency * f["b"]), Dense(f["a"])))
         return Scaled(wave, f["a"].shape[-1] ** -0.5)
 
 
