@@ -33,9 +33,11 @@ from rankwise import structures
 from rankwise.experts import is_experts
 from rankwise.host import host_of
 from rankwise.structures import (
+    ABBA,
     OFT,
     SVFT,
     Anchored,
+    BoRA,
     CaRA,
     Chain,
     Core,
@@ -43,6 +45,8 @@ from rankwise.structures import (
     FacTTK,
     FacTTT,
     Gated,
+    GLoRA,
+    GraLoRA,
     HiRA,
     InputSide,
     LoHa,
@@ -53,10 +57,14 @@ from rankwise.structures import (
     LoRTA,
     LoTR,
     Magnitude,
+    MELoRA,
     MetaTT,
+    MoRA,
+    PRoLoRA,
     QuanTA,
     Replace,
     Rows,
+    SineLoRA,
     Stack,
     Structure,
     SVDForm,
@@ -99,6 +107,7 @@ LEAVES = (
     *(TTLoRA(2), LoRETTA(3, 2), QuanTA(3)),
     *(FacTTT(2), FacTTK(2), LoTR(2), LoRTA(2), CaRA(2), MetaTT(2, heads=2, tasks=2)),
     *(ThreeFactor(3), TinyLoRA(2, size=5), SVFT("random", 1)),
+    *(ABBA(2), MoRA(2), SineLoRA(2), MELoRA(2), BoRA(2), GraLoRA(4), GLoRA(2), PRoLoRA(4)),
 )
 WRAPPED = (
     Magnitude(LoRA(4)),

@@ -18,6 +18,8 @@ from rankwise.ops import (
     LinearOperator,
     Product,
     Scaled,
+    Sine,
+    Sparse,
     Sum,
 )
 from rankwise.ops.operator import Cost, leaves, with_leaves
@@ -64,6 +66,12 @@ def blocks(batch: Batch, k: int, b: int) -> BlockDiagonal:
     return BlockDiagonal(torch.randn(*batch, k, b, b, dtype=torch.float64))
 
 
+def sparse(batch: Batch, m: int, n: int, count: int) -> Sparse:
+    """More entries than places, so that some add up."""
+    rows, cols = torch.randint(0, m, (count,)), torch.randint(0, n, (count,))
+    return Sparse(torch.randn(*batch, count, dtype=torch.float64), rows, cols, (m, n))
+
+
 def low(batch: Batch, m: int, r: int, n: int) -> Product:
     return Product(d(batch, m, r), d(batch, r, n))
 
@@ -92,6 +100,10 @@ OPERATORS: dict[str, Callable[[Batch], LinearOperator]] = {
     "kronecker of kroneckers": lambda b: Kronecker(d(b, 2, 3), Kronecker(d(b, 3, 2), d(b, 2, 2))),
     "hadamard": lambda b: Hadamard(low(b, 6, 2, 5), low(b, 6, 3, 5)),
     "hadamard with dense": lambda b: Hadamard(low(b, 6, 2, 5), d(b, 6, 5)),
+    "sine": lambda b: Sine(low(b, 6, 2, 5)),
+    "sine of dense": lambda b: Sine(d(b, 6, 5)),
+    "sparse": lambda b: sparse(b, 4, 3, 20),
+    "sparse in a product": lambda b: Product(d(b, 6, 4), Product(sparse(b, 4, 3, 5), d(b, 3, 5))),
     "product of rotations": lambda b: Product(blocks(b, 3, 2), blocks(b, 2, 3)),
     "circuit": lambda b: circuit(b, (2, 3, 2), (12, 12)),
     "padded circuit": lambda b: circuit(b, (2, 2, 3), (7, 11)),
@@ -105,6 +117,7 @@ LOW = {
     "sum",
     "hadamard",
     "product of rotations",
+    "sparse in a product",
 }
 
 

@@ -143,6 +143,16 @@ CASES = {
     "hira embedding": (Emb, lambda: peft.HiraConfig(r=4, target_modules=["lin", "emb"])),
     "hira convolution": (Conv, lambda: peft.HiraConfig(r=4, target_modules=["c1", "c2"])),
     "hira gpt2": (gpt2, lambda: peft.HiraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)),
+    "gralora": (llama, lambda: peft.GraloraConfig(r=4, alpha=3, target_modules=QV)),
+    "gralora hybrid": (llama, lambda: peft.GraloraConfig(r=8, gralora_k=4, hybrid_r=2, alpha=5, target_modules=QV)),
+    "gralora gpt2": (gpt2, lambda: peft.GraloraConfig(r=4, fan_in_fan_out=True, target_modules=["c_attn"])),
+    "glora": (llama, lambda: peft.GloraConfig(r=3, target_modules=QV)),
+    "glora beside a bias": (
+        Emb,
+        lambda: peft.GloraConfig(r=3, config_C="none", config_D_E="none", target_modules=["lin"]),
+    ),
+    "glora vector": (llama, lambda: peft.GloraConfig(config_A_B="vector", target_modules=QV)),
+    "glora constant": (llama, lambda: peft.GloraConfig(config_A_B="constant", target_modules=QV)),
     "oft": (llama, lambda: peft.OFTConfig(oft_block_size=4, target_modules=QV)),
     "oft exact": (llama, lambda: peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=QV)),
     "oft by number of blocks": (
@@ -473,6 +483,51 @@ def test_a_magnitude_does_not_cross_groups(tmp_path):
     _, adapter = attached(rw.recipe("dora", rank=2, sites=rw.Sites(targets="c2g")), Conv)
     with pytest.raises(rw.errors.ConversionError, match="no groups"):
         rw.export(adapter, tmp_path / "back")
+
+
+GRALORA = peft.GraloraConfig(r=8, gralora_k=4, hybrid_r=2, target_modules=["q_proj"])
+GLORA = peft.GloraConfig(r=3, target_modules=["q_proj"])
+AS_THEIRS = {
+    "gralora_A": ("a", lambda g: g.mT),
+    "gralora_B": ("b", lambda g: g.mT),
+    "gralora_A_general": ("whole_a", lambda g: g),
+    "glora_A": ("gate", lambda g: g),
+    "glora_B": ("update", lambda g: g),
+}
+
+
+@pytest.mark.parametrize("config", [GRALORA, GLORA], ids=["gralora", "glora"])
+def test_gradients_are_peft_s(config, tmp_path):
+    theirs = with_peft(llama, config)
+    save(theirs, tmp_path)
+    ours = made(llama)
+    adapter = rw.formats.peft.load(ours, tmp_path, trainable=True)
+    for model in (theirs, ours):
+        output = model(inputs(ours)).logits
+        output.square().sum().backward()
+    (site,) = adapter
+    compared = 0
+    for name, p in theirs.named_parameters():
+        if p.grad is None or (kind := name.split("q_proj.")[-1].split(".")[0]) not in AS_THEIRS:
+            continue
+        own, turn = AS_THEIRS[kind]
+        own += {"Xu": "_a", "Xd": "_b"}.get(name.rpartition(".")[2], "")
+        grad = adapter[site][own].grad
+        assert (turn(grad) - p.grad).abs().max() <= 1e-5 * p.grad.abs().max(), name
+        compared += 1
+    assert compared == (3 if config is GRALORA else 4)
+
+
+def test_a_glora_of_the_bias_is_refused(tmp_path):
+    save(with_peft(Emb, peft.GloraConfig(r=3, target_modules=["lin"])), tmp_path)
+    with pytest.raises(rw.errors.ConversionError, match="glora_C"):
+        rw.formats.peft.load(made(Emb), tmp_path)
+
+
+def test_a_glora_of_two_kinds_is_refused(tmp_path):
+    _, adapter = attached(rw.recipe("glora", rank=2, gate="vector", sites=QVS))
+    with pytest.raises(rw.errors.ConversionError, match="of one kind"):
+        rw.export(adapter, tmp_path)
 
 
 def test_our_lora_in_groups_is_one_across_them(tmp_path):

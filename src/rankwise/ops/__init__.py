@@ -1,10 +1,11 @@
 """The algebra of linear operators: the bottom of the library, over torch alone."""
 
 from rankwise.ops.atoms import BlockDiagonal, Circuit, Dense, Diagonal, Hadamard, Kronecker, Product, Scaled, Sum
+from rankwise.ops.entries import Sine, Sparse
 from rankwise.ops.operator import LinearOperator, LowRank
 from rankwise.ops.patterned import Patterned
 
 __all__ = [
     "BlockDiagonal", "Circuit", "Dense", "Diagonal", "Hadamard", "Kronecker", "LinearOperator", "LowRank",
-    "Patterned", "Product", "Scaled", "Sum",
+    "Patterned", "Product", "Scaled", "Sine", "Sparse", "Sum",
 ]  # fmt: skip

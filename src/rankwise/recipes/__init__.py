@@ -5,6 +5,7 @@ The axes that every method shares (``sites``, ``dropout``, ``base``, ``lr``, ``r
 """
 
 from rankwise.recipes import (
+    augmented,
     compositions,
     projected,
     ranking,
@@ -16,6 +17,7 @@ from rankwise.recipes import (
     tensors,
     threefactor,
 )
+from rankwise.recipes.augmented import *  # noqa: F403
 from rankwise.recipes.compositions import *  # noqa: F403
 from rankwise.recipes.projected import *  # noqa: F403
 from rankwise.recipes.ranking import *  # noqa: F403
@@ -29,6 +31,7 @@ from rankwise.recipes.threefactor import *  # noqa: F403
 
 __all__: list[str] = []
 __all__ += structures.__all__
+__all__ += augmented.__all__
 __all__ += sharing.__all__
 __all__ += tensors.__all__
 __all__ += starts.__all__

@@ -1,5 +1,7 @@
 """Structures: how trainable factors become an update, and how it meets the frozen weight."""
 
+from rankwise.structures.augmented import ABBA, GLoRA, MoRA, PRoLoRA, SineLoRA
+from rankwise.structures.blocks import BoRA, GraLoRA, MELoRA
 from rankwise.structures.chains import Chain, Delta
 from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.lowrank import Core, Gated, InputSide, LoRA, LoRAFA, SVDForm, Switched
@@ -14,9 +16,10 @@ from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
-    "OFT", "SVFT", "Added", "Additive", "Anchored", "Begun", "CaRA", "Chain", "Core", "CrossGroup", "Delta",
-    "FacTTK", "FacTTT", "Factor", "Factors", "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA",
-    "LoRETTA", "LoRTA", "LoTR", "Magnitude", "MetaTT", "PatchOFT", "QuanTA", "Replace", "Rotation", "Rows",
-    "SVDForm", "ShareLoRA", "Stack", "Start", "Structure", "Switched", "TTLoRA", "ThreeFactor", "TiedLoRA",
-    "TinyLoRA", "TokenRows", "Truncated", "VeRA",
+    "ABBA", "OFT", "SVFT", "Added", "Additive", "Anchored", "Begun", "BoRA", "CaRA", "Chain", "Core", "CrossGroup",
+    "Delta", "FacTTK", "FacTTT", "Factor", "Factors", "GLoRA", "Gate", "Gated", "GraLoRA", "HiRA", "InputSide",
+    "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRETTA", "LoRTA", "LoTR", "MELoRA", "Magnitude", "MetaTT", "MoRA",
+    "PRoLoRA", "PatchOFT", "QuanTA", "Replace", "Rotation", "Rows", "SVDForm", "ShareLoRA", "SineLoRA", "Stack",
+    "Start", "Structure", "Switched", "TTLoRA", "ThreeFactor", "TiedLoRA", "TinyLoRA", "TokenRows", "Truncated",
+    "VeRA",
 ]  # fmt: skip

@@ -31,12 +31,19 @@ _KNOWN = """
     token_indices total_step trainable_token_indices use_cayley_neumann use_dora use_effective_conv2d use_rslora
     kasa_config init_v_bound projection_seed save_projection tinylora_dropout u weight_tying
 """
+# settings of the methods in augmented.py, as above
+_KNOWN += """
+    config_A_B config_C config_D_E gralora_dropout gralora_k hybrid_r
+"""
+_DEFAULTS |= dict(config_A_B="lora", gralora_k=2, hybrid_r=0)
+# dropout of the layer's input, by method
+DROPOUTS = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout"}
+DROPOUTS |= {"GRALORA": "gralora_dropout", "TINYLORA": "tinylora_dropout"}
 # settings that change the map, in ways that no structure here expresses
 _LOST = """
     alora_invocation_tokens arrow_config coft layer_replication megatron_config monteclora_config
     use_bdlora use_qalora velora_config
 """
-DROPOUTS = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout", "TINYLORA": "tinylora_dropout"}
 _INITS = {"true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lycoris", "pissa", "uniform"}
 
 

@@ -182,7 +182,7 @@ def _recipe(load: _Loading) -> Recipe:
     at = {Target(name, "glob"): p.structure for name, (p, _) in load.placed.items()}
     rest = {t: s for t, s in at.items() if not isinstance(s, Replace | TokenRows)}
     main = Counter(rest.values()).most_common(1)[0][0] if rest else LoRA()
-    dropout = float(next((d for k in DROPOUTS.values() if (d := load.config.get(k))), 0.0))
+    dropout = float(load.config.get(DROPOUTS.get(load.config["peft_type"], "")) or 0.0)
     if dropout and "drops" not in main.traits:
         load.left.append(f"dropout={dropout}: this method has no input to drop from")
         dropout = 0.0

@@ -215,18 +215,16 @@ def _tinylora(d: _Draft, placements: list[Placement]) -> None:
     d.spread("u", {key: u for key, (_, u) in sizes.items()})
 
 
-_PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
-
-
 def _plain(d: _Draft, placements: list[Placement]) -> None:
     """A method whose table entry says all."""
     said: dict[str, dict[str, Any]] = {}
+    method = METHODS[d.kind or ""]
     for p in placements:
-        settings, f = METHODS[d.kind or ""].settings, d.factors(p)
-        found = settings(p.structure, p.site, f) if settings else {}
+        f = d.factors(p)
+        found = method.settings(p.structure, p.site, f) if method.settings else {}
         said[d.put(p, f).key] = found
     for name in {name: None for found in said.values() for name in found}:
-        d.spread(name, {key: found[name] for key, found in said.items()}, _PATTERNS.get(name))
+        d.spread(name, {key: found[name] for key, found in said.items()}, method.patterns.get(name))
 
 
 _WRITERS = {
