@@ -7,7 +7,19 @@ import pytest
 import torch
 
 from rankwise import ops
-from rankwise.ops import BlockDiagonal, Dense, Diagonal, Hadamard, Kronecker, LinearOperator, Product, Scaled, Sum
+from rankwise.ops import (
+    BlockDiagonal,
+    Butterfly,
+    Dense,
+    Diagonal,
+    Hadamard,
+    Kronecker,
+    LinearOperator,
+    Pairs,
+    Product,
+    Scaled,
+    Sum,
+)
 from rankwise.ops.operator import Cost, leaves, with_leaves
 from rankwise.testing.compare import Comparison
 
@@ -74,6 +86,9 @@ OPERATORS: dict[str, Callable[[Batch], LinearOperator]] = {
     "kronecker of kroneckers": lambda b: Kronecker(d(b, 2, 3), Kronecker(d(b, 3, 2), d(b, 2, 2))),
     "hadamard": lambda b: Hadamard(low(b, 6, 2, 5), low(b, 6, 3, 5)),
     "hadamard with dense": lambda b: Hadamard(low(b, 6, 2, 5), d(b, 6, 5)),
+    "pairs": lambda b: Pairs(*torch.randn(2, *b, 12, dtype=torch.float64), 6),
+    "butterfly": lambda b: Butterfly(torch.randn(*b, 4, 4, 4, dtype=torch.float64), 2),
+    "butterfly without a stride": lambda b: Butterfly(torch.randn(*b, 3, 2, 2, dtype=torch.float64), 1),
     "product of rotations": lambda b: Product(blocks(b, 3, 2), blocks(b, 2, 3)),
 }
 LOW = {
