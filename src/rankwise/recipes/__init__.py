@@ -4,11 +4,12 @@ The axes that every method shares (``sites``, ``dropout``, ``base``, ``lr``, ``r
 ``solver``, ``penalties``) pass through ``**axes`` to :class:`rankwise.Recipe`.
 """
 
-from rankwise.recipes import compositions, projected, ranking, regularised, solving, starts, structures
+from rankwise.recipes import compositions, projected, ranking, regularised, rotating, solving, starts, structures
 from rankwise.recipes.compositions import *  # noqa: F403
 from rankwise.recipes.projected import *  # noqa: F403
 from rankwise.recipes.ranking import *  # noqa: F403
 from rankwise.recipes.regularised import *  # noqa: F403
+from rankwise.recipes.rotating import *  # noqa: F403
 from rankwise.recipes.solving import *  # noqa: F403
 from rankwise.recipes.starts import *  # noqa: F403
 from rankwise.recipes.structures import *  # noqa: F403
@@ -20,4 +21,5 @@ __all__ += solving.__all__
 __all__ += projected.__all__
 __all__ += ranking.__all__
 __all__ += regularised.__all__
+__all__ += rotating.__all__
 __all__ += compositions.__all__
