@@ -33,10 +33,17 @@ from rankwise import structures
 from rankwise.experts import is_experts
 from rankwise.host import host_of
 from rankwise.structures import (
+    BOFT,
+    HRA,
+    IA3,
     OFT,
+    PSOFT,
     Anchored,
+    Bat,
+    BlockLoRA,
     Chain,
     Core,
+    DeLoRA,
     Delta,
     Gated,
     HiRA,
@@ -46,7 +53,9 @@ from rankwise.structures import (
     LoRA,
     LoRAFA,
     Magnitude,
+    MiSS,
     Replace,
+    RoAd,
     Rows,
     Stack,
     Structure,
@@ -82,6 +91,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 LEAVES = (
     *(LoRA(4), SVDForm(3), LoKr(4), LoHa(2), HiRA(4), OFT(4), Replace()),
+    *(HRA(4), BOFT(4), PSOFT(4), IA3(), IA3("in"), RoAd(2, 4), DeLoRA(4), MiSS(4), MiSS(3, 2), Bat(4), BlockLoRA(4)),
     *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3)),
 )
 WRAPPED = (

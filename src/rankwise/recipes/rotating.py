@@ -16,7 +16,7 @@ def boft(block: int = 8, levels: int = 2, scaled: bool = False, **axes: Any) -> 
     angles between the rows of W, and their norms, are kept.
 
     Args:
-        block: b, even; the largest one not above it is taken of which 2^(m-1) divide ``in``.
+        block: b; the largest one not above it is taken of which 2^(m-1) divide ``in``, an even one unless m is 1.
         levels: m; log2(in / b) + 1 of them reach every output from every input.
         scaled: train s, a scale of every output, as PEFT always does.
         **axes: other axes of :class:`rankwise.Recipe`.

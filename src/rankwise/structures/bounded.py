@@ -12,7 +12,7 @@ from rankwise.errors import IncompatibleAxes, RankError
 from rankwise.host import Correction, Host, Site
 from rankwise.ops import BlockDiagonal, Dense, LinearOperator, Product
 from rankwise.structures.lowrank import scale_of
-from rankwise.structures.structure import Additive, Begun, Factor, Factors, Leaf, Start, check_rank
+from rankwise.structures.structure import Added, Additive, Begun, Factor, Factors, Leaf, Start, check_rank
 
 SHORTEST = 1e-4  # below it the length of a vector counts as this much, so that a zero one has a direction
 
@@ -74,7 +74,7 @@ class DeLoRA(Additive, Begun):
 
 @final
 @dataclass(frozen=True)
-class MiSS(Additive):
+class MiSS(Added, Leaf):
     """``W + B [I I ... I]``: the inputs are summed r apart (Kang and Yin 2024, arXiv 2409.15371).
 
     Attributes:
@@ -86,7 +86,6 @@ class MiSS(Additive):
     shard: int | None = None
 
     traits = frozenset({"additive", "drops"})
-    scale = 1.0
 
     def factors(self, site: Site) -> dict[str, Factor]:
         r = check_rank(self.rank, site, site.cols)
@@ -97,7 +96,7 @@ class MiSS(Additive):
         down = Factor({"out": site.rows}, Start.ONES, trainable=False)
         return {"b": Factor({"shard": self.shard, "rank": r}), **ones, "down": down}
 
-    def operator(self, f: Factors) -> LinearOperator:
+    def delta(self, f: Factors) -> LinearOperator:
         """B (out, r), and (r, in) with a one in column j of row j mod r; the ones are factors, to say the sizes."""
         b, across = f["b"], f["across"]
         if self.shard is not None:

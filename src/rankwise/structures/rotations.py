@@ -13,7 +13,7 @@ from rankwise.errors import IncompatibleAxes, RankError
 from rankwise.host import Site
 from rankwise.ops import BlockDiagonal, Butterfly, Dense, Diagonal, LinearOperator, Product, Scaled, Sum
 from rankwise.ops.linalg import cayley, skew
-from rankwise.structures.structure import Additive, Begun, Factor, Factors, Leaf, Rotation, Sided, Start, check_rank
+from rankwise.structures.structure import Added, Begun, Factor, Factors, Leaf, Rotation, Sided, Start, check_rank
 
 
 def size_of(q: Tensor) -> int:
@@ -87,7 +87,8 @@ class BOFT(Sided):
     R_i^T is level i of a block butterfly: its blocks hold the half-blocks that are 2^(i-1) apart.
 
     Attributes:
-        block: desired size of a block; the largest even number not above it is taken of which 2^(m-1) divide ``in``.
+        block: desired size of a block; the largest one not above it is taken of which 2^(m-1) divide ``in``, an even
+            one unless m is 1.
         levels: m, the number of factors; with log2(in / b) + 1 of them every input reaches every output.
         scaled: train a scale s of every output too.
     """
@@ -102,18 +103,21 @@ class BOFT(Sided):
         check_rank(self.levels, site, max(self.levels, 1))
         check_rank(self.block, site, max(self.block, 1))
         n, parts = site.cols, 2 ** (self.levels - 1)
-        b = next((b for b in range(min(self.block, n) // 2 * 2, 0, -2) if n % (b * parts) == 0), 0)
+        sizes = (b for b in range(min(self.block, n), 1, -1) if parts == 1 or b % 2 == 0)
+        b = next((b for b in sizes if n % (b * parts) == 0), 0)
         if not b:
             raise RankError(
-                f"Blocks of a butterfly are even, and {parts} of them divide the inputs; no block up to {self.block} "
-                f"does for the {n} of {site.name}. Take fewer levels than {self.levels}, or another structure there."
+                f"Blocks of a butterfly are even (for one level 2 or more), and {parts} of them divide the inputs; no "
+                f"block up to {self.block} does for the {n} of {site.name}. Take fewer levels than {self.levels}, a "
+                f"larger block, or another structure there."
             )
         q = Factor({"level": self.levels, "block": n // b, "skew": b * (b - 1) // 2})
         return {"q": q} | ({"s": Factor({"out": site.rows}, Start.ONES)} if self.scaled else {})
 
     def sides(self, f: Factors) -> tuple[LinearOperator | None, LinearOperator | None]:
         blocks = cayley(skew(f["q"], size_of(f["q"])))  # (*batch, levels, k, b, b)
-        each = [Butterfly(level, 2**i) for i, level in enumerate(blocks.unbind(-4))]
+        first, *rest = blocks.unbind(-4)
+        each = [BlockDiagonal(first), *(Butterfly(level, 2**i) for i, level in enumerate(rest, 1))]
         return Diagonal(f["s"]) if self.scaled else None, reduce(Product, each)
 
 
@@ -151,7 +155,7 @@ class HRA(Rotation, Begun):
 
 @final
 @dataclass(frozen=True)
-class PSOFT(Additive, Begun):
+class PSOFT(Added, Leaf, Begun):
     """``W + B (diag(p) R diag(q) - I) A``, R an r x r rotation (Wu et al. 2025, arXiv 2505.11235).
 
     ``B A`` is the part of W of rank r that is nearest to it: A its right singular vectors, B the left ones times the
@@ -168,7 +172,6 @@ class PSOFT(Additive, Begun):
     relaxed: bool = True
 
     traits = frozenset({"additive", "drops"})
-    scale = 1.0
 
     def __post_init__(self) -> None:
         check_terms(self.terms)
@@ -188,7 +191,7 @@ class PSOFT(Additive, Begun):
         r = self.rank
         return {"a": vh[..., :r, :].contiguous(), "b": u[..., :r] * s[..., None, :r]}
 
-    def operator(self, f: Factors) -> LinearOperator:
+    def delta(self, f: Factors) -> LinearOperator:
         core = cayley(skew(f["q"], self.rank), self.terms)
         if self.relaxed:
             core = f["left"].unsqueeze(-1) * core * f["right"].unsqueeze(-2)

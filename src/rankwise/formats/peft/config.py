@@ -30,12 +30,21 @@ _KNOWN = """
     rank_pattern revision runtime_config target_modules target_parameters target_r task_type tfinal tinit
     token_indices total_step trainable_token_indices use_cayley_neumann use_dora use_effective_conv2d use_rslora
 """
+# settings of the methods in rotating.py, as above
+_KNOWN += """
+    ab_svd_init boft_block_num boft_block_size boft_dropout boft_n_butterfly_factor delora_lambda
+    feedforward_modules group_size init_ia3_weights lambda_pattern mini_r miss_dropout psoft_alpha psoft_dropout
+    psoft_mag_a psoft_mag_b psoft_orth psoft_svd psoft_svd_lowrank_niter random_seed use_bdlora variant
+"""
+# dropout of the layer's input, by method
+DROPOUTS = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout"}
+DROPOUTS |= {"MISS": "miss_dropout", "PSOFT": "psoft_dropout"}
 # settings that change the map, in ways that no structure here expresses
 _LOST = """
-    alora_invocation_tokens arrow_config coft kasa_config layer_replication megatron_config monteclora_config
-    use_bdlora use_qalora velora_config
+    alora_invocation_tokens apply_GS arrow_config coft kasa_config layer_replication megatron_config monteclora_config
+    use_qalora velora_config
 """
-_INITS = {"true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lycoris", "pissa"}
+_INITS = {"true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lycoris", "pissa", "bat", "mini"}
 
 
 def read_config(folder: Path, left: list[str]) -> dict[str, Any]:
@@ -60,7 +69,7 @@ def read_config(folder: Path, left: list[str]) -> dict[str, Any]:
     init = str(found.get("init_lora_weights", found.get("init_weights"))).lower()
     if init not in _INITS:
         raise ConversionError(f'init_lora_weights="{init}" edits the base, and the file lacks the edit. {RESAVE}')
-    training = [key for key in ("module_dropout", "rank_dropout") if found.get(key)]
+    training = [key for key in ("module_dropout", "rank_dropout", "boft_dropout") if found.get(key)]
     left += [f"{key}={found[key]}, which acts in PEFT's training only" for key in training]
     return {**_DEFAULTS, **found}
 

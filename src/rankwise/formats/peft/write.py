@@ -18,8 +18,8 @@ from rankwise.adapter import Dropout, Placement
 from rankwise.attachment import Adapter
 from rankwise.candidates import base_modules
 from rankwise.errors import ConversionError
-from rankwise.formats.peft.config import CONFIG, VERSION
-from rankwise.formats.peft.layout import METHODS, Place, check, layer_of, places, theirs
+from rankwise.formats.peft.config import CONFIG, DROPOUTS, VERSION
+from rankwise.formats.peft.layout import METHODS, Place, check, layer_of, made_anew, places, theirs
 from rankwise.formats.report import ExportReport
 from rankwise.host import host_of
 from rankwise.structures import OFT, Added, Chain, LoRA, LoRAFA, Magnitude, Replace, Rows, Stack, Structure, TokenRows
@@ -65,7 +65,7 @@ class _Draft:
         kind, place, module = self.kind or "", self.places.get(p.site.name), self.modules[p.carriers[0][0]]
         if place is None or not place.path or (len(p.carriers) > 1 and kind != "LORA"):
             raise _refuse(p, "it has no place for them")
-        check(kind, p.site, module)
+        check(kind, p.site, module, p.structure)
         self.add(place.path, theirs(kind, place, module, factors))
         self.targets.append(place.key)
         return place
@@ -202,18 +202,24 @@ def _oft(d: _Draft, placements: list[Placement]) -> None:
     d.settings["r"] = 0
 
 
-_PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
-
-
 def _plain(d: _Draft, placements: list[Placement]) -> None:
     """A method whose table entry says all."""
     said: dict[str, dict[str, Any]] = {}
+    method = METHODS[d.kind or ""]
     for p in placements:
-        settings, f = METHODS[d.kind or ""].settings, d.factors(p)
-        found = settings(p.structure, p.site, f) if settings else {}
+        f = d.factors(p)
+        found = method.settings(p.structure, p.site, f) if method.settings else {}
+        if rest := f.keys() - method.names.keys():
+            anew = made_anew(p.structure, p.site, d.modules[p.carriers[0][0]])
+            if odd := [k for k in rest if not torch.allclose(f.pop(k), anew[k].cpu(), rtol=1e-4, atol=1e-6)]:
+                raise _refuse(p, f"it makes {odd} anew from this model's weight, which gives others")
         said[d.put(p, f).key] = found
     for name in {name: None for found in said.values() for name in found}:
-        d.spread(name, {key: found[name] for key, found in said.items()}, _PATTERNS.get(name))
+        values = {key: found[name] for key, found in said.items()}
+        if name == "feedforward_modules":
+            d.settings[name] = [key for key, forward in values.items() if forward]
+        else:
+            d.spread(name, values, method.patterns.get(name))
 
 
 _WRITERS = {"LORA": _lora, "ADALORA": _adalora, "OFT": _oft, **dict.fromkeys(("LOHA", "LOKR", "HIRA"), _products)}
@@ -280,7 +286,7 @@ def _whole(d: _Draft, placements: list[Placement]) -> None:
 
 def _method(d: _Draft, placements: list[Placement]) -> str:
     """The one method of all sites, or LoRA where they have none in common."""
-    kinds: dict[type[Structure], str] = {m.structure: kind for kind, m in METHODS.items()} | {PatchOFT: "OFT"}
+    kinds: dict[type[Structure], str] = {s: kind for kind, m in METHODS.items() for s in (m.structure, *m.kin)}
     found = {kinds.get(type(p.structure), "LORA") for p in placements}
     kind = found.pop()
     fits = not found and {layer_of(p.site, d.modules[p.carriers[0][0]]) for p in placements} <= {*METHODS[kind].layers}
@@ -334,7 +340,7 @@ def _config(d: _Draft) -> dict[str, Any]:
     if any(type(d.modules[t]).__name__ == "Conv1D" for t in targets):
         d.settings["fan_in_fan_out"] = True
     p = d.adapter.recipe.dropout
-    key = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout"}.get(d.kind or "")
+    key = DROPOUTS.get(d.kind or "")
     if key and not parameters and not isinstance(p, Dropout):
         d.settings[key] = p
     elif p:
