@@ -66,10 +66,12 @@ def pairs(w, f, o):
 
 
 def bounded(w, f, o):
-    change = np.zeros_like(w)
-    for b, a in zip(f["b"].T, f["a"], strict=True):
-        change += f["strength"][0] / o["rank"] * np.outer(b / np.sqrt(b @ b), a / np.sqrt(a @ a))
-    return w + change * f["norms"]
+    change, lengths = np.zeros_like(w), np.sqrt((w * w).sum(0))
+    for sign, start in ((1, ""),) if o["from_zero"] else ((1, ""), (-1, "anchor_")):
+        for b, a in zip(f[start + "b"].T, f[start + "a"], strict=True):
+            one = np.outer(b / np.sqrt(b @ b), a / np.sqrt(a @ a))
+            change += sign * f[start + "strength"][0] / o["rank"] * one
+    return w + change * lengths
 
 
 def shared(w, f, o):
@@ -123,7 +125,8 @@ REFERENCES = {
         ({"variant": 2, "group": 8}, {"variant": 4, "group": 2}),
     ),
     "delora": Reference(
-        bounded, lambda m, n, o: o["rank"] * (m + n) + 1, "Bini et al. 2025, arXiv 2503.18225, eq. 5 and 8", {"rank": 3}
+        bounded, lambda m, n, o: o["rank"] * (m + n) + 1, "Bini et al. 2025, arXiv 2503.18225, eq. 5, 8, 9", {"rank": 3},
+        ({"rank": 2, "strength": 3.0, "from_zero": True},),
     ),
     "miss": Reference(
         shared, lambda m, n, o: o["rank"] * (m if o["shard"] is None else o["shard"]),

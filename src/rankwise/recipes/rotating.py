@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from rankwise._recipe import Recipe
 from rankwise.recipes.point import point
-from rankwise.structures import BOFT, HRA, IA3, PSOFT, Bat, BlockLoRA, DeLoRA, MiSS, RoAd
+from rankwise.structures import BOFT, HRA, IA3, PSOFT, Anchored, Bat, BlockLoRA, DeLoRA, MiSS, RoAd
 
 __all__ = ["bat", "bd_lora", "boft", "delora", "hra", "ia3", "miss", "psoft", "road"]
 
@@ -119,26 +119,27 @@ def road(variant: Literal[1, 2, 4] = 1, group: int = 64, **axes: Any) -> Recipe:
     return point(axes, "road", 5e-3, RoAd(variant, group), "Liao and Monz 2024, arXiv 2409.00119")
 
 
-def delora(rank: int = 8, strength: float = 15.0, **axes: Any) -> Recipe:
-    """DeLoRA: ``W + l/r B diag(1 / (|b_i| |a_i|)) A diag(|w_j|)``, w_j the columns of W: a bounded update.
+def delora(rank: int = 8, strength: float = 15.0, from_zero: bool = False, **axes: Any) -> Recipe:
+    """DeLoRA: ``W - D_0 + D``, ``D = l/r B diag(1 / (|b_i| |a_i|)) A diag(|w_j|)``, w_j W's columns; D_0 its start.
 
-    Parameters per layer: r (out + in) + 1. Law: identity at the start (B = 0); the update's norm is at most l times
-    the largest |w_j|, whatever A and B; exact LoRA of rank r.
+    Parameters per layer: r (out + in) + 1. Law: identity at the start up to rounding; the norm of D is at most l times
+    the largest |w_j|, whatever A and B; exact LoRA of rank 2 r, of r from zero.
 
     Args:
         rank: r.
         strength: l at the start.
+        from_zero: start with B = 0 and without D_0, as PEFT does, a length below 1e-4 counting as that. Once B is not
+            zero D has its full size, so that the first step is a large one.
         **axes: other axes of :class:`rankwise.Recipe`.
 
     Returns:
         The recipe.
 
     References:
-        Bini et al. 2025, arXiv 2503.18225. Deviations, both as in PEFT: the norms of W's columns in place of the norm
-        of W; B starts at zero, lengths below 1e-4 counting as that, where the paper subtracts a random start from W.
-        Once B is not zero the update has its full size, so that the first step is a large one.
+        Bini et al. 2025, arXiv 2503.18225. Deviation: the norms of W's columns in place of the norm of W, as in PEFT.
     """
-    return point(axes, "delora", 1e-3, DeLoRA(rank, strength), "Bini et al. 2025, arXiv 2503.18225")
+    inner = DeLoRA(rank, strength, from_zero)
+    return point(axes, "delora", 1e-3, inner if from_zero else Anchored(inner), "Bini et al. 2025, arXiv 2503.18225")
 
 
 def miss(rank: int = 64, shard: int | None = None, **axes: Any) -> Recipe:
@@ -155,7 +156,8 @@ def miss(rank: int = 64, shard: int | None = None, **axes: Any) -> Recipe:
         The recipe.
 
     References:
-        Kang and Yin 2024, arXiv 2409.15371, its efficient form. The shard of few rows is PEFT's.
+        Kang and Yin 2024, arXiv 2409.15371, its efficient form. The shard of few rows is PEFT's. Deviation: it runs as
+        a LoRA whose A holds zeros and ones, not by sums of the input.
     """
     return point(axes, "miss", 1e-3, MiSS(rank, shard), "Kang and Yin 2024, arXiv 2409.15371")
 

@@ -42,12 +42,18 @@ class DeLoRA(Additive, Begun):
     Attributes:
         rank: r.
         strength: l at the start; it is trained.
+        from_zero: start with B = 0, from where the first step is a large one; else at random, for an Anchored around.
     """
 
     rank: int = 8
     strength: float = 15.0
+    from_zero: bool = True
 
     traits = frozenset({"additive", "two_sided", "random_start", "drops"})
+
+    def __post_init__(self) -> None:
+        if not self.from_zero:
+            object.__setattr__(self, "traits", self.traits | {"moves_at_start"})
 
     @property
     def scale(self) -> float:
@@ -57,7 +63,7 @@ class DeLoRA(Additive, Begun):
         r = check_rank(self.rank, site, min(site.rows, site.cols))
         return {
             "a": Factor({"rank": r, "in": site.cols}, Start.RANDOM),
-            "b": Factor({"out": site.rows, "rank": r}),
+            "b": Factor({"out": site.rows, "rank": r}, Start.ZEROS if self.from_zero else Start.RANDOM),
             "strength": Factor({"one": 1}, float(self.strength)),
             "norms": Factor({"in": site.cols}, trainable=False),
         }
