@@ -67,7 +67,7 @@ LEAVES: tuple[Structure, ...] = (
     OFT(4),
     OFT(4, terms=5),
     BOFT(4),
-    BOFT(2, 3, scaled=True),
+    BOFT(2, scaled=True),
     HRA(4),
     PSOFT(3),
     PSOFT(3, 5, relaxed=False),

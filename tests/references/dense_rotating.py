@@ -125,8 +125,8 @@ REFERENCES = {
         ({"variant": 2, "group": 8}, {"variant": 4, "group": 2}),
     ),
     "delora": Reference(
-        bounded, lambda m, n, o: o["rank"] * (m + n) + 1, "Bini et al. 2025, arXiv 2503.18225, eq. 5, 8, 9", {"rank": 3},
-        ({"rank": 2, "strength": 3.0, "from_zero": True},),
+        bounded, lambda m, n, o: o["rank"] * (m + n) + 1, "Bini et al. 2025, arXiv 2503.18225, eq. 5, 8 and 9",
+        {"rank": 3}, ({"rank": 2, "strength": 3.0, "from_zero": True},),
     ),
     "miss": Reference(
         shared, lambda m, n, o: o["rank"] * (m if o["shard"] is None else o["shard"]),

@@ -17,7 +17,7 @@ from rankwise.structures.structure import Added, Begun, Factor, Factors, Leaf, R
 
 
 def size_of(q: Tensor) -> int:
-    """B of the generators (..., b(b-1)/2)."""
+    """The block size b of generators (..., b(b-1)/2)."""
     return round((1 + (1 + 8 * q.shape[-1]) ** 0.5) / 2)
 
 

@@ -2,6 +2,7 @@
 
 PEFT's shapes: hra_u (in, r); boft_R (m, k, b, b), boft_s (out, 1); road_theta flat over (group, part, end, pair);
 ia3_l (out, 1) or (1, in); miss_block (r, out), (r, shard) or (out/r, r, r); BD-LoRA's A (r, in/k) or B (out, r/k).
+A BOFT of several levels is one in PEFT only where its CUDA extension can be built; elsewhere PEFT refuses the file.
 """
 
 import re
@@ -135,24 +136,31 @@ def block_lora(blocks: int, site: Site, f: Values, alpha: float, rule: str) -> B
 
 _ANY = ("Linear", "Conv1D", "Conv2d", "Conv3d")
 METHODS = {
-    "HRA": Method(HRA, {"u": "hra_u"}, ("Linear", "Conv2d"), (), _hra, _hra_settings, square=True),
+    "HRA": Method(HRA, {"u": "hra_u"}, ("Linear", "Conv2d"), (), _hra, _hra_settings, {}, square=True),
     "BOFT": Method(
-        BOFT, {"q": "boft_R", "s": "boft_s"}, ("Linear", "Conv2d"), ("dilation",), _boft, _boft_settings, square=True
+        BOFT,
+        {"q": "boft_R", "s": "boft_s"},
+        ("Linear", "Conv2d"),
+        ("dilation",),
+        _boft,
+        _boft_settings,
+        {},
+        square=True,
     ),
     "ROAD": Method(
-        RoAd, {"theta": "road_theta", "alpha": "road_alpha"}, ("Linear",), (), _road, _road_settings, bias=bool
+        RoAd, {"theta": "road_theta", "alpha": "road_alpha"}, ("Linear",), (), _road, _road_settings, {}, bias=bool
     ),
     "PSOFT": Method(
         PSOFT,
         {"q": "psoft_R.weight", "left": "psoft_R.vector_b", "right": "psoft_R.vector_a"},
-        *(("Linear",), (), _psoft, _psoft_settings),
+        *(("Linear",), (), _psoft, _psoft_settings, {}),
     ),
-    "IA3": Method(IA3, {"l": "ia3_l"}, _ANY, ("dilation",), _ia3, _ia3_settings, bias=lambda s: s.side == "out"),
+    "IA3": Method(IA3, {"l": "ia3_l"}, _ANY, ("dilation",), _ia3, _ia3_settings, {}, bias=lambda s: s.side == "out"),
     "DELORA": Method(
         DeLoRA,
         {"a": "delora_A", "b": "delora_B", "strength": "delora_lambda", "norms": "delora_w_norm"},
         *(("Linear",), (), _delora, lambda s, site, f: {"r": s.rank, "delora_lambda": s.strength}),
         patterns={"r": "rank_pattern", "delora_lambda": "lambda_pattern"},
     ),
-    "MISS": Method(MiSS, {"b": "miss_block"}, ("Linear",), (), _miss, _miss_settings, kin=(Bat,)),
+    "MISS": Method(MiSS, {"b": "miss_block"}, ("Linear",), (), _miss, _miss_settings, {}, kin=(Bat,)),
 }
