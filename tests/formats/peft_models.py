@@ -102,6 +102,13 @@ class Depthwise(nn.Sequential):
         super().__init__(nn.Conv2d(4, 8, 3, 2, padding=1, groups=4, bias=False))
 
 
+class Strided(nn.Sequential):
+    """A convolution with holes and steps, without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(4, 8, 3, 2, padding=1, dilation=2, bias=False))
+
+
 def llama(**changes: Any) -> nn.Module:
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -150,7 +157,7 @@ def inputs(model: nn.Module) -> Tensor:
     name = type(model).__name__
     if name == "Emb":
         return torch.randint(0, 20, (2, 7), generator=g)
-    if name in ("Conv", "Depthwise"):
+    if name in ("Conv", "Depthwise", "Strided"):
         return torch.randn(2, 4, 6, 6, generator=g)
     if name in ("MHA", "Moe", "Biases"):
         return torch.randn(*((2, 5, 8) if name == "MHA" else (5, 8)), generator=g)
@@ -175,7 +182,8 @@ def randomise(model: nn.Module, marks: tuple[str, ...], scale: float = 0.3) -> N
                     p.add_(scale * draw)
 
 
-MARKS = ("lora_", "hada_", "lokr_", "hira_", "oft_", "tinylora_", "modules_to_save", "trainable_tokens_delta")
+MARKS = ("lora_", "hada_", "lokr_", "hira_", "oft_", "tinylora_", "modules_to_save", "trainable_tokens_delta", "hra_")
+MARKS += ("road_", "psoft_", "ia3_", "delora_", "miss_", "boft_")
 
 
 def with_peft(build: Callable[[], nn.Module], config: Any, scale: float = 0.3) -> Any:

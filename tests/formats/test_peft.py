@@ -10,7 +10,7 @@ from functools import partial
 import peft
 import pytest
 import torch
-from peft.tuners.lora import KasaConfig
+from peft.tuners.lora import BdLoraConfig, KasaConfig
 from peft_models import (
     FIXTURES,
     MHA,
@@ -20,6 +20,7 @@ from peft_models import (
     Depthwise,
     Emb,
     Moe,
+    Strided,
     distance,
     gpt2,
     inputs,
@@ -168,6 +169,50 @@ CASES = {
     ),
     "oft patches shared": (Conv, lambda: peft.OFTConfig(oft_block_size=6, block_share=True, target_modules=["c2"])),
     "oft 1x1": (Conv, lambda: peft.OFTConfig(oft_block_size=2, target_modules=["c2p"])),
+    "hra": (llama, lambda: peft.HRAConfig(r=4, target_modules=QV)),
+    "hra convolution": (Conv, lambda: peft.HRAConfig(r=4, target_modules=["c2"])),
+    "boft": (llama, lambda: peft.BOFTConfig(boft_block_size=4, target_modules=QV)),
+    "boft by number of blocks": (
+        llama,
+        lambda: peft.BOFTConfig(boft_block_size=0, boft_block_num=2, target_modules=QV),
+    ),
+    "boft convolution": (Conv, lambda: peft.BOFTConfig(boft_block_size=3, target_modules=["c2"])),
+    "road 1": (llama, lambda: peft.RoadConfig(group_size=8, target_modules=QV)),
+    "road 2": (llama, lambda: peft.RoadConfig(variant="road_2", group_size=4, target_modules=QV)),
+    "road 4": (llama, lambda: peft.RoadConfig(variant="road_4", group_size=8, target_modules=QV)),
+    "psoft": (llama, lambda: peft.PsoftConfig(r=4, target_modules=QV)),
+    "psoft series": (
+        llama,
+        lambda: peft.PsoftConfig(
+            r=4, psoft_mag_a=False, psoft_mag_b=False, use_cayley_neumann=True, psoft_dropout=0.0, target_modules=QV
+        ),
+    ),
+    "ia3": (llama, lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "ia3 regex": (llama, lambda: peft.IA3Config(target_modules=["v_proj"], feedforward_modules=r".*\.v_proj")),
+    "ia3 gpt2": (gpt2, lambda: peft.IA3Config(target_modules=["mlp.c_proj"], feedforward_modules=["mlp.c_proj"])),
+    "ia3 convolution": (
+        Conv,
+        lambda: peft.IA3Config(target_modules=["c2", "c2p", "c3"], feedforward_modules=["c2", "c2p", "c3"]),
+    ),
+    "ia3 convolution, outputs": (Strided, lambda: peft.IA3Config(target_modules=["0"], feedforward_modules=[])),
+    "delora": (
+        llama,
+        lambda: peft.DeloraConfig(
+            r=4, delora_lambda=3, target_modules=QV, rank_pattern={"v_proj": 2}, lambda_pattern={"v_proj": 5}
+        ),
+    ),
+    "miss": (llama, lambda: peft.MissConfig(r=4, target_modules=QV)),
+    "miss with a rest": (llama, lambda: peft.MissConfig(r=5, target_modules=["q_proj", "down_proj"])),
+    "miss mini": (llama, lambda: peft.MissConfig(r=4, mini_r=2, init_weights="mini", target_modules=QV)),
+    "miss bat": (llama, lambda: peft.MissConfig(r=4, init_weights="bat", target_modules=QV)),
+    "bd lora": (
+        llama,
+        lambda: L(
+            r=4,
+            target_modules=["q_proj", "o_proj", "v_proj"],
+            use_bdlora=BdLoraConfig(["o_proj"], ["q_proj"], 2, match_strict=False),
+        ),
+    ),
 }
 SMALL = {"oft": 0.1}  # the Neumann series is a rotation for small generators only
 
@@ -185,7 +230,8 @@ def figures(one, two, base, x) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_both_directions(case, tmp_path, capsys, record_property):
     build, config = CASES[case]
-    theirs = with_peft(build, config(), 0.1 if case.startswith("oft") else 0.3)
+    small = case.startswith(("oft", "psoft", "road", "ia3"))
+    theirs = with_peft(build, config(), 0.1 if small else 0.3)
     save(theirs, tmp_path / "theirs")
     ours, base = made(build), made(build)
     x = inputs(base)
@@ -221,7 +267,6 @@ BASES = {
     "lora_mha": MHA,
     "lora_params_moe": Moe,
     "lora_gpt2": gpt2,
-    "lora_bdlora": partial(llama, head_dim=2),
     **dict.fromkeys(("lora_embed_lmhead_tied", "lora_embed_tied_ensure", "lora_trainable_tokens_tied"), tied),
 }
 READ = [
@@ -232,15 +277,13 @@ READ = [
     *("trainable_tokens", "lora_mica", "adalora", "loha", "loha_conv", "loha_conv_flat", "lokr"),
     *("lokr_both", "lokr_conv", "lokr_full", "hira", "hira_emb", "oft", "oft_conv", "oft_shared"),
     *("lora_kasa", "tinylora"),
+    *("lora_bdlora", "boft", "hra", "road", "psoft", "ia3", "delora", "miss", "miss_bat", "miss_mini"),
 ]
 REFUSED = {
     "lora_alora": "alora_invocation_tokens",
-    "lora_bdlora": "use_bdlora",
     "lora_monteclora": "monteclora_config",
     "lora_velora": "velora_config",
-    "ia3": 'peft_type="IA3"',
     "vera": 'peft_type="VERA"',
-    "boft": 'peft_type="BOFT"',
 }
 
 
@@ -324,10 +367,6 @@ def test_files_of_an_old_peft(name):
         layers = {"lin0": nn.Linear(10, 20), "relu": nn.ReLU(), "lin1": nn.Linear(20, 2)}
         model = nn.Sequential(OrderedDict(**layers, sm=nn.LogSoftmax(-1)))
         x = torch.arange(90).reshape(9, 10).float()
-    if name == "ia3_mlp":
-        with pytest.raises(rw.errors.ConversionError, match="IA3"):
-            rw.formats.peft.load(model, folder)
-        return
     rw.formats.peft.load(model.eval(), folder)
     expected = torch.load(folder / "output.pt", "cpu", weights_only=True)
     torch.testing.assert_close(output(model, x), expected, rtol=1e-4, atol=1e-4)

@@ -177,7 +177,7 @@ def points(structure: Structure) -> list[tuple]:
 @pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
 def test_the_product(structure, tmp_path):
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8)).double().eval()
+    base = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8)).double().eval()
     count = Counter()
     for init, solver, rank, dropout in points(structure):
         needs = init.requires | solver.requires | rank.requires | ({"drops"} if dropout else set())

@@ -4,8 +4,9 @@ from rankwise.ops.atoms import BlockDiagonal, Circuit, Dense, Diagonal, Hadamard
 from rankwise.ops.entries import Sine, Sparse
 from rankwise.ops.operator import LinearOperator, LowRank
 from rankwise.ops.patterned import Patterned
+from rankwise.ops.sparse import Butterfly, Pairs
 
 __all__ = [
-    "BlockDiagonal", "Circuit", "Dense", "Diagonal", "Hadamard", "Kronecker", "LinearOperator", "LowRank",
-    "Patterned", "Product", "Scaled", "Sine", "Sparse", "Sum",
+    "BlockDiagonal", "Butterfly", "Circuit", "Dense", "Diagonal", "Hadamard", "Kronecker", "LinearOperator",
+    "LowRank", "Pairs", "Patterned", "Product", "Scaled", "Sine", "Sparse", "Sum",
 ]  # fmt: skip

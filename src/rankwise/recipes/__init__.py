@@ -10,6 +10,7 @@ from rankwise.recipes import (
     projected,
     ranking,
     regularised,
+    rotating,
     sharing,
     solving,
     starts,
@@ -22,6 +23,7 @@ from rankwise.recipes.compositions import *  # noqa: F403
 from rankwise.recipes.projected import *  # noqa: F403
 from rankwise.recipes.ranking import *  # noqa: F403
 from rankwise.recipes.regularised import *  # noqa: F403
+from rankwise.recipes.rotating import *  # noqa: F403
 from rankwise.recipes.sharing import *  # noqa: F403
 from rankwise.recipes.solving import *  # noqa: F403
 from rankwise.recipes.starts import *  # noqa: F403
@@ -32,6 +34,8 @@ from rankwise.recipes.threefactor import *  # noqa: F403
 __all__: list[str] = []
 __all__ += structures.__all__
 __all__ += augmented.__all__
+__all__ += rotating.__all__
+__all__ += threefactor.__all__
 __all__ += sharing.__all__
 __all__ += tensors.__all__
 __all__ += starts.__all__
@@ -40,4 +44,3 @@ __all__ += projected.__all__
 __all__ += ranking.__all__
 __all__ += regularised.__all__
 __all__ += compositions.__all__
-__all__ += threefactor.__all__

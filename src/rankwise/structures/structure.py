@@ -222,6 +222,26 @@ class Rotation(Leaf):
         return self.operator(f).T.mv(w)
 
 
+class Sided(Leaf):
+    """``L W R``: operators on the output and on the input of the frozen map."""
+
+    @abstractmethod
+    def sides(self, f: Factors) -> tuple[LinearOperator | None, LinearOperator | None]:
+        """L (out, out) and R (in, in), None for the identity."""
+
+    @final
+    def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
+        left, right = self.sides(f)
+        run = host if right is None else lambda x: host.rotate(right, x)
+        return run(x) if left is None else host.turn(left, run, x)
+
+    @final
+    def weight(self, f: Factors, w: Tensor) -> Tensor:
+        left, right = self.sides(f)
+        w = w if right is None else right.T.mv(w)
+        return w if left is None else left.mv(w.mT).mT
+
+
 class Gate(Leaf):
     """``W * (1 + operator)`` elementwise."""
 

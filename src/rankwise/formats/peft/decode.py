@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from rankwise.errors import ConversionError, FileFormatError
 from rankwise.formats.peft.config import MERGE, RESAVE, pattern
-from rankwise.formats.peft.layout import METHODS, Place, check, ours
+from rankwise.formats.peft.layout import METHODS, Place, check, made_anew, ours
+from rankwise.formats.peft.rotating import block_lora
 from rankwise.host import LAYER, Site, host_of
 from rankwise.inits import Principal
 from rankwise.structures import OFT, Anchored, Gated, HiRA, LoHa, LoKr, LoRA, Magnitude, Structure, SVDForm, Truncated
@@ -30,8 +31,11 @@ def decode(
     try:
         f = ours(kind, place, tensors)
         structure = _structure(config, place, f)
+        if structure.factors(site).keys() - f.keys():
+            f |= {k: v for k, v in made_anew(structure, site, module).items() if k not in f}
     except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
         raise FileFormatError(f"Tensors and settings of {site.name} do not fit each other ({error!r}).") from error
+    check(kind, site, module, structure)
     if kind == "LORA" and str(config.get("init_lora_weights")).lower() == "pissa" and site.kind != "embedding":
         if site.kind != "linear":
             raise ConversionError(f"A PiSSA is rebuilt for linear layers; {site.name} is a {site.kind}. {RESAVE}")
@@ -82,10 +86,12 @@ def _structure(config: Mapping[str, Any], place: Place, f: dict[str, Tensor]) ->
             f["b"], f["e"] = f["b"] * f["e"], torch.ones(min(site.rows, site.cols))
         kept = _fit(f, site, r)
         return SVDForm(kept, (alpha if alpha > 0 else first) / (first + 1e-5) * kept)  # whatever the rank is by now
+    rule, power = ("alpha/sqrt(r)", 0.5) if config.get("use_rslora") else ("alpha/r", 1)
+    if found := config.get("use_bdlora") and block_lora(config["use_bdlora"]["nblocks"], site, f, alpha, rule):
+        return found
     across = kind == "LORA" and site.groups > 1
     kept = r if across else _fit(f, site, r)
     if kind == "LORA":
-        rule, power = ("alpha/sqrt(r)", 0.5) if config.get("use_rslora") else ("alpha/r", 1)
         return (CrossGroup if across else LoRA)(kept, alpha * (kept / r) ** power, rule)
     return HiRA(kept) if kind == "HIRA" else LoHa(kept, alpha / r * kept)
 

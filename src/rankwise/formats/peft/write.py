@@ -19,7 +19,7 @@ from rankwise.attachment import Adapter
 from rankwise.candidates import base_modules
 from rankwise.errors import ConversionError
 from rankwise.formats.peft.config import CONFIG, DROPOUTS, VERSION
-from rankwise.formats.peft.layout import METHODS, Place, check, layer_of, places, theirs
+from rankwise.formats.peft.layout import METHODS, Place, check, layer_of, made_anew, places, theirs
 from rankwise.formats.peft.threefactor import SHARED
 from rankwise.formats.report import ExportReport
 from rankwise.host import host_of
@@ -66,7 +66,7 @@ class _Draft:
         kind, place, module = self.kind or "", self.places.get(p.site.name), self.modules[p.carriers[0][0]]
         if place is None or not place.path or (len(p.carriers) > 1 and kind != "LORA"):
             raise _refuse(p, "it has no place for them")
-        check(kind, p.site, module)
+        check(kind, p.site, module, p.structure)
         self.add(place.path, theirs(kind, place, module, factors))
         self.targets.append(place.key)
         return place
@@ -222,9 +222,17 @@ def _plain(d: _Draft, placements: list[Placement]) -> None:
     for p in placements:
         f = d.factors(p)
         found = method.settings(p.structure, p.site, f) if method.settings else {}
+        if rest := f.keys() - method.names.keys():
+            anew = made_anew(p.structure, p.site, d.modules[p.carriers[0][0]])
+            if odd := [k for k in rest if not torch.allclose(f.pop(k), anew[k].cpu(), rtol=1e-4, atol=1e-6)]:
+                raise _refuse(p, f"it makes {odd} anew from this model's weight, which gives others")
         said[d.put(p, f).key] = found
     for name in {name: None for found in said.values() for name in found}:
-        d.spread(name, {key: found[name] for key, found in said.items()}, method.patterns.get(name))
+        values = {key: found[name] for key, found in said.items()}
+        if name == "feedforward_modules":
+            d.settings[name] = [key for key, forward in values.items() if forward]
+        else:
+            d.spread(name, values, method.patterns.get(name))
 
 
 _WRITERS = {
@@ -294,7 +302,7 @@ def _whole(d: _Draft, placements: list[Placement]) -> None:
 
 def _method(d: _Draft, placements: list[Placement]) -> str:
     """The one method of all sites, or LoRA where they have none in common."""
-    kinds: dict[type[Structure], str] = {m.structure: kind for kind, m in METHODS.items()} | {PatchOFT: "OFT"}
+    kinds: dict[type[Structure], str] = {s: kind for kind, m in METHODS.items() for s in (m.structure, *m.kin)}
     found = {kinds.get(type(p.structure), "LORA") for p in placements}
     kind = found.pop()
     fits = not found and {layer_of(p.site, d.modules[p.carriers[0][0]]) for p in placements} <= {*METHODS[kind].layers}
