@@ -18,10 +18,11 @@ from rankwise.ops import (
     Kronecker,
     LinearOperator,
     Pairs,
+    Patterned,
+    Placed,
     Product,
     Scaled,
     Sine,
-    Sparse,
     Sum,
 )
 from rankwise.ops.operator import Cost, leaves, with_leaves
@@ -68,10 +69,10 @@ def blocks(batch: Batch, k: int, b: int) -> BlockDiagonal:
     return BlockDiagonal(torch.randn(*batch, k, b, b, dtype=torch.float64))
 
 
-def sparse(batch: Batch, m: int, n: int, count: int) -> Sparse:
+def placed(batch: Batch, m: int, n: int, count: int) -> Placed:
     """More entries than places, so that some add up."""
     rows, cols = torch.randint(0, m, (count,)), torch.randint(0, n, (count,))
-    return Sparse(torch.randn(*batch, count, dtype=torch.float64), rows, cols, (m, n))
+    return Placed(torch.randn(*batch, count, dtype=torch.float64), rows, cols, (m, n))
 
 
 def low(batch: Batch, m: int, r: int, n: int) -> Product:
@@ -104,12 +105,15 @@ OPERATORS: dict[str, Callable[[Batch], LinearOperator]] = {
     "hadamard with dense": lambda b: Hadamard(low(b, 6, 2, 5), d(b, 6, 5)),
     "sine": lambda b: Sine(low(b, 6, 2, 5)),
     "sine of dense": lambda b: Sine(d(b, 6, 5)),
-    "sparse": lambda b: sparse(b, 4, 3, 20),
-    "sparse in a product": lambda b: Product(d(b, 6, 4), Product(sparse(b, 4, 3, 5), d(b, 3, 5))),
+    "placed": lambda b: placed(b, 4, 3, 20),
+    "placed in a product": lambda b: Product(d(b, 6, 4), Product(placed(b, 4, 3, 5), d(b, 3, 5))),
     "pairs": lambda b: Pairs(*torch.randn(2, *b, 12, dtype=torch.float64), 6),
     "butterfly": lambda b: Butterfly(torch.randn(*b, 4, 4, 4, dtype=torch.float64), 2),
     "butterfly without a stride": lambda b: Butterfly(torch.randn(*b, 3, 2, 2, dtype=torch.float64), 1),
     "product of rotations": lambda b: Product(blocks(b, 3, 2), blocks(b, 2, 3)),
+    "patterned": lambda b: Patterned(
+        d(b, 6, 3).matrix, torch.randn(*b, 4, dtype=torch.float64), *torch.randint(0, 3, (2, *b, 4)), d(b, 3, 5).matrix
+    ),
     "circuit": lambda b: circuit(b, (2, 3, 2), (12, 12)),
     "padded circuit": lambda b: circuit(b, (2, 2, 3), (7, 11)),
 }
@@ -122,7 +126,7 @@ LOW = {
     "sum",
     "hadamard",
     "product of rotations",
-    "sparse in a product",
+    "placed in a product",
 }
 
 

@@ -38,7 +38,7 @@ class Sine(LinearOperator):
 
 
 @final
-class Sparse(LinearOperator):
+class Placed(LinearOperator):
     """Values (*batch, K) at the places (rows[k], cols[k]) of an (M, N) matrix; those at one place add up.
 
     With values of one it picks, repeats, adds up or permutes entries.
@@ -61,7 +61,7 @@ class Sparse(LinearOperator):
     @property
     def T(self) -> LinearOperator:
         (m, n), (rows, cols) = self.shape, self.places
-        return Sparse(self.values, cols, rows, (n, m))
+        return Placed(self.values, cols, rows, (n, m))
 
     def lower(self) -> LowRank | None:
         return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rankwise.errors import IncompatibleAxes, RankError
 from rankwise.host import Correction, Host, Site
-from rankwise.ops import BlockDiagonal, Dense, Hadamard, LinearOperator, Product, Scaled, Sine, Sparse, Sum
+from rankwise.ops import BlockDiagonal, Dense, Hadamard, LinearOperator, Placed, Product, Scaled, Sine, Sum
 from rankwise.ops.linalg import truncated_svd
 from rankwise.structures.lowrank import Ranked
 from rankwise.structures.structure import Additive, Begun, Factor, Factors, Leaf, Start, check_rank
@@ -192,8 +192,8 @@ class MoRA(Additive, Begun):
         size, inner = len(cols), self._inner(side, n)
         ones = m.new_ones(*m.shape[:-2], max(size, len(rows)))
         at = torch.arange(ones.shape[-1], device=m.device)
-        read = Sparse(ones[..., :size], at[:size] % inner, cols, (inner, n))
-        write = Sparse(ones[..., : len(rows)], at[: len(rows)], rows, (len(rows), inner))
+        read = Placed(ones[..., :size], at[:size] % inner, cols, (inner, n))
+        write = Placed(ones[..., : len(rows)], at[: len(rows)], rows, (len(rows), inner))
         square = Dense(m) if inner == side else BlockDiagonal(_turned(m, size // side))
         return Product(Product(write, square), read)
 

@@ -11,7 +11,7 @@ import torch
 
 from rankwise.errors import RankError
 from rankwise.host import Site
-from rankwise.ops import BlockDiagonal, Dense, LinearOperator, Product, Sparse, Sum
+from rankwise.ops import BlockDiagonal, Dense, LinearOperator, Placed, Product, Sum
 from rankwise.structures.lowrank import Ranked
 from rankwise.structures.structure import Additive, Factor, Factors, Start, check_rank
 
@@ -83,7 +83,7 @@ class BoRA(Blocked):
         k, _, r = f["e"].shape[-3:]
         at = torch.arange(k * r, device=f["e"].device).unflatten(0, (k, r))
         rows, cols = at[:, None].expand(k, k, r), at.expand(k, k, r)
-        core = Sparse(f["e"].flatten(-3), rows.flatten(), cols.flatten(), (k * r, k * r))
+        core = Placed(f["e"].flatten(-3), rows.flatten(), cols.flatten(), (k * r, k * r))
         return Product(BlockDiagonal(f["b"]), Product(core, BlockDiagonal(f["a"])))
 
 
@@ -121,6 +121,6 @@ class GraLoRA(Blocked):
         k, _, r = f["b"].shape[-3:]
         at = torch.arange(k * r, device=f["b"].device)
         swapped = at.unflatten(0, (k, k, -1)).transpose(0, 1).flatten()
-        swap = Sparse(f["b"].new_ones(*f["b"].shape[:-3], k * r), at, swapped, (k * r, k * r))
+        swap = Placed(f["b"].new_ones(*f["b"].shape[:-3], k * r), at, swapped, (k * r, k * r))
         grid = Product(BlockDiagonal(f["b"]), Product(swap, BlockDiagonal(f["a"])))
         return Sum(grid, Product(Dense(f["whole_b"]), Dense(f["whole_a"]))) if self.hybrid else grid
