@@ -33,11 +33,14 @@ from rankwise import structures
 from rankwise.experts import is_experts
 from rankwise.host import host_of
 from rankwise.structures import (
+    C3A,
     OFT,
     Anchored,
     Chain,
     Core,
     Delta,
+    FouRA,
+    FourierFT,
     Gated,
     HiRA,
     InputSide,
@@ -48,11 +51,13 @@ from rankwise.structures import (
     Magnitude,
     Replace,
     Rows,
+    SHiRA,
     Stack,
     Structure,
     SVDForm,
     Switched,
     TokenRows,
+    WaveFT,
 )
 from rankwise.testing import randomise
 from rankwise.testing.compare import Comparison
@@ -83,6 +88,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 LEAVES = (
     *(LoRA(4), SVDForm(3), LoKr(4), LoHa(2), HiRA(4), OFT(4), Replace()),
     *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3)),
+    *(FourierFT(40), WaveFT(40), SHiRA(2), C3A(8), FouRA(4)),
 )
 WRAPPED = (
     Magnitude(LoRA(4)),

@@ -282,7 +282,7 @@ def _placement(facts: Any, structure: Any, carriers: Any, classes: Mapping[str, 
 def _checked(file: Path, placements: Sequence[Placement], flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors by site and factor, every one declared and every declared one there."""
     wanted = {
-        f"{p.site.name}/{name}": (*((p.site.stack,) if p.site.stack else ()), *factor.shape)
+        f"{p.site.name}/{name}": (factor, (*((p.site.stack,) if p.site.stack else ()), *factor.shape))
         for p in placements
         for name, factor in p.structure.factors(p.site).items()
     }
@@ -292,13 +292,16 @@ def _checked(file: Path, placements: Sequence[Placement], flat: dict[str, Tensor
     found: dict[str, dict[str, Tensor]] = {p.site.name: {} for p in placements}
     if len(found) < len(placements):
         raise FileFormatError(f"{file} names a site twice.")
-    for key, shape in wanted.items():
+    for key, (factor, shape) in wanted.items():
         site, _, name = key.rpartition("/")
         found[site][name] = tensor = flat[key]
         if tuple(tensor.shape) != shape:
             raise FileFormatError(f"In {file} the recipe asks for {key} of shape {shape}; found {tuple(tensor.shape)}.")
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        whole = tensor.dtype in (torch.int32, torch.int64) and not factor.trainable
+        if not (whole or tensor.is_floating_point()) or not torch.isfinite(tensor).all():
             raise FileFormatError(f"{key} in {file} holds NaN, infinity or integers.")
+        if factor.below is not None and not (whole and ((tensor >= 0) & (tensor < factor.below)).all()):
+            raise FileFormatError(f"{key} in {file} are places from 0 to {factor.below - 1}; found others.")
     return found
 
 

@@ -12,12 +12,15 @@ from rankwise.errors import IncompatibleAxes, RankError
 from rankwise.placement import resolve
 from rankwise.sites import Sites
 from rankwise.structures import (
+    C3A,
     OFT,
     Anchored,
     Chain,
     Core,
     CrossGroup,
     Delta,
+    FouRA,
+    FourierFT,
     Gated,
     HiRA,
     InputSide,
@@ -29,11 +32,13 @@ from rankwise.structures import (
     PatchOFT,
     Replace,
     Rows,
+    SHiRA,
     Stack,
     Structure,
     SVDForm,
     Switched,
     TokenRows,
+    WaveFT,
 )
 from rankwise.testing import LAYERS as BASIC
 from rankwise.testing import Layer
@@ -57,6 +62,13 @@ LEAVES: tuple[Structure, ...] = (
     HiRA(3),
     OFT(4),
     OFT(4, terms=5),
+    FourierFT(12),
+    FourierFT(2),
+    WaveFT(12),
+    SHiRA(1),
+    SHiRA(1, "wm"),
+    C3A(4),
+    FouRA(3),
 )
 WRAPPED: tuple[Structure, ...] = (
     Magnitude(LoRA(3)),

@@ -2,8 +2,9 @@
 
 from rankwise.ops.atoms import BlockDiagonal, Dense, Diagonal, Hadamard, Kronecker, Product, Scaled, Sum
 from rankwise.ops.operator import LinearOperator, LowRank
+from rankwise.ops.spectral import Circulant, Fourier, Haar, Sparse
 
 __all__ = [
-    "BlockDiagonal", "Dense", "Diagonal", "Hadamard", "Kronecker", "LinearOperator", "LowRank", "Product", "Scaled",
-    "Sum",
+    "BlockDiagonal", "Circulant", "Dense", "Diagonal", "Fourier", "Haar", "Hadamard", "Kronecker", "LinearOperator",
+    "LowRank", "Product", "Scaled", "Sparse", "Sum",
 ]  # fmt: skip

@@ -5,12 +5,14 @@ from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.lowrank import Core, Gated, InputSide, LoRA, LoRAFA, SVDForm, Switched
 from rankwise.structures.products import HiRA, LoHa, LoKr
 from rankwise.structures.rotations import OFT
+from rankwise.structures.spectral_domain import C3A, FouRA, FourierFT, SHiRA, WaveFT
 from rankwise.structures.structure import Added, Additive, Begun, Factor, Factors, Gate, Rotation, Start, Structure
 from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
-    "OFT", "Added", "Additive", "Anchored", "Begun", "Chain", "Core", "CrossGroup", "Delta", "Factor", "Factors",
-    "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "Magnitude", "PatchOFT", "Replace",
-    "Rotation", "Rows", "SVDForm", "Stack", "Start", "Structure", "Switched", "TokenRows",
+    "C3A", "OFT", "Added", "Additive", "Anchored", "Begun", "Chain", "Core", "CrossGroup", "Delta", "Factor", "Factors",
+    "FouRA", "FourierFT", "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "Magnitude",
+    "PatchOFT", "Replace", "Rotation", "Rows", "SHiRA", "SVDForm", "Stack", "Start", "Structure", "Switched",
+    "TokenRows", "WaveFT",
 ]  # fmt: skip

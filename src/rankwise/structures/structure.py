@@ -50,12 +50,14 @@ class Factor:
         start: where it starts; a number fills it.
         trainable: whether it is trained or only stored.
         scale: of a factor of a pair ``s * b @ a``, its s; None for any other factor.
+        below: of whole numbers that are places, how many places there are; None for any other factor.
     """
 
     dims: Mapping[str, int]
     start: Start | float = Start.ZEROS
     trainable: bool = True
     scale: float | None = None
+    below: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

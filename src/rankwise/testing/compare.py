@@ -51,7 +51,7 @@ def worst(many: Iterable[Mapping[str, float]]) -> Figures:
 
 @torch.no_grad()
 def randomise(adapter: Adapter, outputs: Callable[[], Tensor], generator_seed: int = 0) -> float:
-    """Draw every factor at random around its start, so far that the outputs move by 1 %.
+    """Draw every factor at random around its start, so far that the outputs move by 1 %; whole numbers stay.
 
     Args:
         adapter: the adapter, at its start.
@@ -62,7 +62,7 @@ def randomise(adapter: Adapter, outputs: Callable[[], Tensor], generator_seed: i
         The effect, as a share of the outputs' norm.
     """
     generator = torch.Generator().manual_seed(generator_seed)
-    starts = [(p, p.clone()) for p in adapter.parameters(trainable=False)]
+    starts = [(p, p.clone()) for p in adapter.parameters(trainable=False) if p.is_floating_point()]
     moves = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p, _ in starts]
     before, effect = outputs(), 0.0
     for size in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0):
