@@ -300,7 +300,7 @@ def _checked(file: Path, placements: Sequence[Placement], flat: dict[str, Tensor
         whole = tensor.dtype in (torch.int32, torch.int64) and not factor.trainable
         if not (whole or tensor.is_floating_point()) or not torch.isfinite(tensor).all():
             raise FileFormatError(f"{key} in {file} holds NaN, infinity or integers.")
-        if factor.below is not None and not (whole and ((tensor >= 0) & (tensor < factor.below)).all()):
+        if factor.below is not None and not (whole and factor.inside(tensor)):
             raise FileFormatError(f"{key} in {file} are places from 0 to {factor.below - 1}; found others.")
     return found
 

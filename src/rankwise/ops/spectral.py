@@ -254,6 +254,6 @@ def inverse_cosine(c: Tensor) -> Tensor:
     """The orthonormal inverse cosine transform (DCT-III) along the last dim, by a Fourier transform twice as long."""
     n = c.shape[-1]
     frequency = torch.arange(n, device=c.device, dtype=c.dtype)
-    scale = torch.where(frequency == 0, 1.0, 2**0.5).to(c.dtype) * n**-0.5
+    scale = ((2 - (frequency == 0).to(c.dtype)) / n).sqrt()
     phase = torch.polar(scale, frequency * (pi / (2 * n)))
     return torch.fft.ifft(c * phase, n=2 * n)[..., :n].real * (2 * n)

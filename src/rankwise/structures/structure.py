@@ -64,6 +64,10 @@ class Factor:
         """The sizes, in order."""
         return tuple(self.dims.values())
 
+    def inside(self, value: Tensor) -> bool:
+        """Whether whole numbers are places that there are; True of any other factor."""
+        return self.below is None or bool(((value >= 0) & (value < self.below)).all())
+
 
 def trained_pairs(described: Mapping[str, Factor]) -> list[tuple[str, str, float]]:
     """The names of b and a, and s, of every trained product ``s * b @ a``."""

@@ -22,13 +22,15 @@ _DEFAULTS = dict(
 )
 # settings that are kept, or that have no bearing on a trained adapter
 _KNOWN = """
-    alpha alpha_pattern auto_mapping base_model_name_or_path beta1 beta2 bias block_share corda_config decompose_both
-    decompose_factor deltaT ensure_weight_tying eps eva_config exclude_modules fan_in_fan_out hira_dropout
-    inference_mode init_lora_weights init_r init_weights layers_pattern layers_to_transform loftq_config lora_alpha
-    lora_bias lora_dropout lora_ga_config megatron_core module_dropout modules_to_save num_cayley_neumann_terms
-    oft_block_size orth_reg_weight peft_type peft_version qalora_group_size r rank_dropout rank_dropout_scale
-    rank_pattern revision runtime_config target_modules target_parameters target_r task_type tfinal tinit
-    token_indices total_step trainable_token_indices use_cayley_neumann use_dora use_effective_conv2d use_rslora
+    alpha alpha_pattern auto_mapping base_model_name_or_path beta1 beta2 bias block_share block_size
+    block_size_pattern corda_config decompose_both decompose_factor deltaT ensure_weight_tying eps eva_config
+    exclude_modules fan_in_fan_out hira_dropout inference_mode init_lora_weights init_r init_weights layers_pattern
+    layers_to_transform loftq_config lora_alpha lora_bias lora_dropout lora_ga_config mask_type megatron_core
+    module_dropout modules_to_save n_frequency n_frequency_pattern num_cayley_neumann_terms oft_block_size
+    orth_reg_weight peft_type peft_version proportional_parameters qalora_group_size r random_loc_seed random_seed
+    rank_dropout rank_dropout_scale rank_pattern revision runtime_config scaling target_modules target_parameters
+    target_r task_type tfinal tinit token_indices total_step trainable_token_indices use_cayley_neumann use_dora
+    use_effective_conv2d use_idwt use_rslora wavelet_family
 """
 # settings that change the map, in ways that no structure here expresses
 _LOST = """
@@ -36,6 +38,7 @@ _LOST = """
     use_bdlora use_qalora velora_config
 """
 _INITS = {"true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lycoris", "pissa"}
+_INITS |= {"kaiming_uniform", "xavier_uniform"}
 
 
 def read_config(folder: Path, left: list[str]) -> dict[str, Any]:

@@ -73,7 +73,11 @@ class _Draft:
     def spread(self, key: str, values: Mapping[str, Any], patterns: str | None = None) -> None:
         """A setting of every site: the commonest value, and patterns for the others."""
         common = Counter(values.values()).most_common(1)[0][0]
-        odd = {f"^{re.escape(k)}": v for k, v in values.items() if v != common}
+        plain = patterns in (
+            "block_size_pattern",
+            "n_frequency_pattern",
+        )  # which PEFT finds behind a dot, or as they are
+        odd = {k if plain else f"^{re.escape(k)}": v for k, v in values.items() if v != common}
         if odd and patterns is None:
             raise ConversionError(f"PEFT has one {key} for all sites; found {values}. Make them one, or merge.")
         self.settings |= {key: common} if patterns is None else {key: common, patterns: odd}
@@ -202,18 +206,16 @@ def _oft(d: _Draft, placements: list[Placement]) -> None:
     d.settings["r"] = 0
 
 
-_PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
-
-
 def _plain(d: _Draft, placements: list[Placement]) -> None:
     """A method whose table entry says all."""
     said: dict[str, dict[str, Any]] = {}
+    method = METHODS[d.kind or ""]
     for p in placements:
-        settings, f = METHODS[d.kind or ""].settings, d.factors(p)
-        found = settings(p.structure, p.site, f) if settings else {}
+        f = d.factors(p)
+        found = method.settings(p.structure, p.site, f) if method.settings else {}
         said[d.put(p, f).key] = found
     for name in {name: None for found in said.values() for name in found}:
-        d.spread(name, {key: found[name] for key, found in said.items()}, _PATTERNS.get(name))
+        d.spread(name, {key: found[name] for key, found in said.items()}, method.patterns.get(name))
 
 
 _WRITERS = {"LORA": _lora, "ADALORA": _adalora, "OFT": _oft, **dict.fromkeys(("LOHA", "LOKR", "HIRA"), _products)}
