@@ -32,12 +32,15 @@ from rankwise.structures import (
     PatchOFT,
     Replace,
     Rows,
+    ShareLoRA,
     SHiRA,
     Stack,
     Structure,
     SVDForm,
     Switched,
+    TiedLoRA,
     TokenRows,
+    VeRA,
     WaveFT,
 )
 from rankwise.testing import LAYERS as BASIC
@@ -62,6 +65,7 @@ LEAVES: tuple[Structure, ...] = (
     HiRA(3),
     OFT(4),
     OFT(4, terms=5),
+    *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3)),
     FourierFT(12),
     FourierFT(2),
     WaveFT(12),

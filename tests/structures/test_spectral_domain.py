@@ -233,7 +233,7 @@ def test_a_file_with_places_outside(wrong, tmp_path):
         header, tensors = opened.metadata(), {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
     tensors["0/row"][3] = wrong
     save_file(tensors, file, header)
-    with pytest.raises(FileFormatError, match="places from 0 to 15"):
+    with pytest.raises(FileFormatError, match="lies from 0 to 15"):
         rw.load(nn.Sequential(nn.Linear(24, 16)).double(), tmp_path, any_base=True)
 
 

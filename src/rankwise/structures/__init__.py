@@ -5,6 +5,7 @@ from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.lowrank import Core, Gated, InputSide, LoRA, LoRAFA, SVDForm, Switched
 from rankwise.structures.products import HiRA, LoHa, LoKr
 from rankwise.structures.rotations import OFT
+from rankwise.structures.shared import ShareLoRA, TiedLoRA, VeRA
 from rankwise.structures.spectral_domain import C3A, FouRA, FourierFT, SHiRA, WaveFT
 from rankwise.structures.structure import Added, Additive, Begun, Factor, Factors, Gate, Rotation, Start, Structure
 from rankwise.structures.whole import Replace, TokenRows
@@ -13,6 +14,6 @@ from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 __all__ = [
     "C3A", "OFT", "Added", "Additive", "Anchored", "Begun", "Chain", "Core", "CrossGroup", "Delta", "Factor", "Factors",
     "FouRA", "FourierFT", "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "Magnitude",
-    "PatchOFT", "Replace", "Rotation", "Rows", "SHiRA", "SVDForm", "Stack", "Start", "Structure", "Switched",
-    "TokenRows", "WaveFT",
+    "PatchOFT", "Replace", "Rotation", "Rows", "SHiRA", "SVDForm", "ShareLoRA", "Stack", "Start", "Structure",
+    "Switched", "TiedLoRA", "TokenRows", "VeRA", "WaveFT",
 ]  # fmt: skip

@@ -50,14 +50,17 @@ class Factor:
         start: where it starts; a number fills it.
         trainable: whether it is trained or only stored.
         scale: of a factor of a pair ``s * b @ a``, its s; None for any other factor.
-        below: of whole numbers that are places, how many places there are; None for any other factor.
+        shared: among which sites: those of one adapter that have a factor of this name, shape and label have it in
+            common, as the first of them starts it; None for a factor of the site's own.
+        below: of whole numbers from 0 on, which are not trained, their upper bound; 0 for any other factor.
     """
 
     dims: Mapping[str, int]
     start: Start | float = Start.ZEROS
     trainable: bool = True
     scale: float | None = None
-    below: int | None = None
+    shared: str | None = None
+    below: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,8 +68,8 @@ class Factor:
         return tuple(self.dims.values())
 
     def inside(self, value: Tensor) -> bool:
-        """Whether whole numbers are places that there are; True of any other factor."""
-        return self.below is None or bool(((value >= 0) & (value < self.below)).all())
+        """Whether whole numbers lie within their bounds; True of any other factor."""
+        return not self.below or bool(((value >= 0) & (value < self.below)).all())
 
 
 def trained_pairs(described: Mapping[str, Factor]) -> list[tuple[str, str, float]]:
@@ -151,6 +154,9 @@ class Begun(ABC):
             site: the facts of the layer.
             weight: gives the frozen weight (*experts, out, in), in float32 or above.
             drawn: what the init gave, (*experts, ...).
+
+        Returns:
+            Those values, by factor.
         """
 
 
