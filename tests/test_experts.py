@@ -36,9 +36,12 @@ from rankwise.structures import (
     C3A,
     OFT,
     Anchored,
+    CaRA,
     Chain,
     Core,
     Delta,
+    FacTTK,
+    FacTTT,
     FouRA,
     FourierFT,
     Gated,
@@ -48,7 +51,12 @@ from rankwise.structures import (
     LoKr,
     LoRA,
     LoRAFA,
+    LoRETTA,
+    LoRTA,
+    LoTR,
     Magnitude,
+    MetaTT,
+    QuanTA,
     Replace,
     Rows,
     SHiRA,
@@ -57,6 +65,7 @@ from rankwise.structures import (
     SVDForm,
     Switched,
     TokenRows,
+    TTLoRA,
     WaveFT,
 )
 from rankwise.testing import randomise
@@ -88,6 +97,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 LEAVES = (
     *(LoRA(4), SVDForm(3), LoKr(4), LoHa(2), HiRA(4), OFT(4), Replace()),
     *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3)),
+    *(TTLoRA(2), LoRETTA(3, 2), QuanTA(3)),
+    *(FacTTT(2), FacTTK(2), LoTR(2), LoRTA(2), CaRA(2), MetaTT(2, heads=2, tasks=2)),
     *(FourierFT(40), WaveFT(40), SHiRA(2), C3A(8), FouRA(4)),
 )
 WRAPPED = (

@@ -14,7 +14,8 @@ from rankwise.recipes import (
     spectral_domain,
     starts,
     structures,
-)  # fmt: skip
+    tensors,
+)
 from rankwise.recipes.compositions import *  # noqa: F403
 from rankwise.recipes.projected import *  # noqa: F403
 from rankwise.recipes.ranking import *  # noqa: F403
@@ -24,11 +25,13 @@ from rankwise.recipes.solving import *  # noqa: F403
 from rankwise.recipes.spectral_domain import *  # noqa: F403
 from rankwise.recipes.starts import *  # noqa: F403
 from rankwise.recipes.structures import *  # noqa: F403
+from rankwise.recipes.tensors import *  # noqa: F403
 
 __all__: list[str] = []
 __all__ += structures.__all__
 __all__ += sharing.__all__
 __all__ += spectral_domain.__all__
+__all__ += tensors.__all__
 __all__ += starts.__all__
 __all__ += solving.__all__
 __all__ += projected.__all__

@@ -8,12 +8,15 @@ from rankwise.structures.rotations import OFT
 from rankwise.structures.shared import ShareLoRA, TiedLoRA, VeRA
 from rankwise.structures.spectral_domain import C3A, FouRA, FourierFT, SHiRA, WaveFT
 from rankwise.structures.structure import Added, Additive, Begun, Factor, Factors, Gate, Rotation, Start, Structure
+from rankwise.structures.tensors import LoRETTA, QuanTA, TTLoRA
+from rankwise.structures.tensors_across import CaRA, FacTTK, FacTTT, LoRTA, LoTR, MetaTT
 from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
-    "C3A", "OFT", "Added", "Additive", "Anchored", "Begun", "Chain", "Core", "CrossGroup", "Delta", "Factor", "Factors",
-    "FouRA", "FourierFT", "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "Magnitude",
-    "PatchOFT", "Replace", "Rotation", "Rows", "SHiRA", "SVDForm", "ShareLoRA", "Stack", "Start", "Structure",
-    "Switched", "TiedLoRA", "TokenRows", "VeRA", "WaveFT",
+    "C3A", "OFT", "Added", "Additive", "Anchored", "Begun", "CaRA", "Chain", "Core", "CrossGroup", "Delta", "FacTTK",
+    "FacTTT", "Factor", "Factors", "FouRA", "FourierFT", "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA",
+    "LoRAFA", "LoRETTA", "LoRTA", "LoTR", "Magnitude", "MetaTT", "PatchOFT", "QuanTA", "Replace", "Rotation", "Rows",
+    "SHiRA", "SVDForm", "ShareLoRA", "Stack", "Start", "Structure", "Switched", "TTLoRA", "TiedLoRA", "TokenRows",
+    "VeRA", "WaveFT",
 ]  # fmt: skip
