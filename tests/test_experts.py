@@ -35,6 +35,7 @@ from rankwise.host import host_of
 from rankwise.structures import (
     ABBA,
     BOFT,
+    C3A,
     HRA,
     IA3,
     OFT,
@@ -51,6 +52,8 @@ from rankwise.structures import (
     Delta,
     FacTTK,
     FacTTT,
+    FouRA,
+    FourierFT,
     Gated,
     GLoRA,
     GraLoRA,
@@ -73,6 +76,7 @@ from rankwise.structures import (
     Replace,
     RoAd,
     Rows,
+    SHiRA,
     SineLoRA,
     Stack,
     Structure,
@@ -83,6 +87,7 @@ from rankwise.structures import (
     TokenRows,
     Truncated,
     TTLoRA,
+    WaveFT,
 )
 from rankwise.testing import randomise
 from rankwise.testing.compare import Comparison
@@ -118,6 +123,7 @@ LEAVES = (
     *(FacTTT(2), FacTTK(2), LoTR(2), LoRTA(2), CaRA(2), MetaTT(2, heads=2, tasks=2)),
     *(ThreeFactor(3), TinyLoRA(2, size=5), SVFT("random", 1)),
     *(ABBA(2), MoRA(2), SineLoRA(2), MELoRA(2), BoRA(2), GraLoRA(4), GLoRA(2), PRoLoRA(4)),
+    *(FourierFT(40), WaveFT(40), SHiRA(2), C3A(8), FouRA(4)),
 )
 WRAPPED = (
     Magnitude(LoRA(4)),

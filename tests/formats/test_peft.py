@@ -20,6 +20,7 @@ from peft_models import (
     Depthwise,
     Emb,
     Moe,
+    Odd,
     Strided,
     distance,
     gpt2,
@@ -154,6 +155,34 @@ CASES = {
     ),
     "glora vector": (llama, lambda: peft.GloraConfig(config_A_B="vector", target_modules=QV)),
     "glora constant": (llama, lambda: peft.GloraConfig(config_A_B="constant", target_modules=QV)),
+    "fourierft": (llama, lambda: peft.FourierFTConfig(n_frequency=60, target_modules=QV)),
+    "fourierft few": (
+        gpt2,
+        lambda: peft.FourierFTConfig(n_frequency=2, scaling=40.0, random_loc_seed=3, target_modules=["c_attn"]),
+    ),
+    "fourierft patterns": (
+        llama,
+        lambda: peft.FourierFTConfig(n_frequency=60, n_frequency_pattern={"v_proj": 20}, target_modules=QV),
+    ),
+    "waveft": (llama, lambda: peft.WaveFTConfig(n_frequency=60, target_modules=QV)),
+    "waveft odd": (Odd, lambda: peft.WaveFTConfig(n_frequency=30, target_modules=["0", "1", "2"])),
+    "waveft gpt2": (gpt2, lambda: peft.WaveFTConfig(n_frequency=60, target_modules=["c_attn"])),
+    "waveft in proportion": (
+        llama,
+        lambda: peft.WaveFTConfig(n_frequency=60, proportional_parameters=True, target_modules=QV),
+    ),
+    "shira": (llama, lambda: peft.ShiraConfig(r=2, target_modules=QV)),
+    "shira of a seed": (llama, lambda: peft.ShiraConfig(r=1, random_seed=3, target_modules=["up_proj"])),
+    "c3a": (llama, lambda: peft.C3AConfig(block_size=8, target_modules=QV)),
+    "c3a patterns": (
+        llama,
+        lambda: peft.C3AConfig(
+            block_size=16,
+            block_size_pattern={"v_proj": 4},
+            init_weights="xavier_uniform",
+            target_modules=["up_proj", *QV],
+        ),
+    ),
     "oft": (llama, lambda: peft.OFTConfig(oft_block_size=4, target_modules=QV)),
     "oft exact": (llama, lambda: peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=QV)),
     "oft by number of blocks": (
@@ -227,6 +256,7 @@ def figures(one, two, base, x) -> float:
     return max(found)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # PEFT's SHiRA
 @pytest.mark.parametrize("case", CASES)
 def test_both_directions(case, tmp_path, capsys, record_property):
     build, config = CASES[case]

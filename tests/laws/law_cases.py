@@ -14,6 +14,7 @@ from rankwise.sites import Sites
 from rankwise.structures import (
     ABBA,
     BOFT,
+    C3A,
     HRA,
     IA3,
     OFT,
@@ -31,6 +32,8 @@ from rankwise.structures import (
     Delta,
     FacTTK,
     FacTTT,
+    FouRA,
+    FourierFT,
     Gated,
     GLoRA,
     GraLoRA,
@@ -55,6 +58,7 @@ from rankwise.structures import (
     RoAd,
     Rows,
     ShareLoRA,
+    SHiRA,
     SineLoRA,
     Stack,
     Structure,
@@ -67,6 +71,7 @@ from rankwise.structures import (
     Truncated,
     TTLoRA,
     VeRA,
+    WaveFT,
 )
 from rankwise.testing import LAYERS as BASIC
 from rankwise.testing import Layer
@@ -129,6 +134,13 @@ LEAVES: tuple[Structure, ...] = (
     Bat(2),
     BlockLoRA(4),
     BlockLoRA(4, None, 2, "a", "alpha/sqrt(r)"),
+    FourierFT(12),
+    FourierFT(2),
+    WaveFT(12),
+    SHiRA(1),
+    SHiRA(1, "wm"),
+    C3A(4),
+    FouRA(3),
 )
 WRAPPED: tuple[Structure, ...] = (
     Magnitude(LoRA(3)),

@@ -5,8 +5,10 @@ from rankwise.ops.entries import Placed, Sine
 from rankwise.ops.operator import LinearOperator, LowRank
 from rankwise.ops.patterned import Patterned
 from rankwise.ops.sparse import Butterfly, Pairs
+from rankwise.ops.spectral import Circulant, Fourier, Haar, Sparse
 
 __all__ = [
-    "BlockDiagonal", "Butterfly", "Circuit", "Dense", "Diagonal", "Hadamard", "Kronecker", "LinearOperator",
-    "LowRank", "Pairs", "Patterned", "Product", "Scaled", "Sine", "Placed", "Sum",
+    "BlockDiagonal", "Butterfly", "Circuit", "Circulant", "Dense", "Diagonal", "Fourier", "Haar", "Hadamard",
+    "Kronecker", "LinearOperator", "LowRank", "Pairs", "Patterned", "Placed", "Product", "Scaled", "Sine", "Sparse",
+    "Sum",
 ]  # fmt: skip

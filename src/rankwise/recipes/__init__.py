@@ -13,6 +13,7 @@ from rankwise.recipes import (
     rotating,
     sharing,
     solving,
+    spectral_domain,
     starts,
     structures,
     tensors,
@@ -26,6 +27,7 @@ from rankwise.recipes.regularised import *  # noqa: F403
 from rankwise.recipes.rotating import *  # noqa: F403
 from rankwise.recipes.sharing import *  # noqa: F403
 from rankwise.recipes.solving import *  # noqa: F403
+from rankwise.recipes.spectral_domain import *  # noqa: F403
 from rankwise.recipes.starts import *  # noqa: F403
 from rankwise.recipes.structures import *  # noqa: F403
 from rankwise.recipes.tensors import *  # noqa: F403
@@ -35,6 +37,7 @@ __all__: list[str] = []
 __all__ += structures.__all__
 __all__ += augmented.__all__
 __all__ += rotating.__all__
+__all__ += spectral_domain.__all__
 __all__ += threefactor.__all__
 __all__ += sharing.__all__
 __all__ += tensors.__all__

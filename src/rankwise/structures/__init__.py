@@ -10,6 +10,7 @@ from rankwise.structures.lowrank import Core, Gated, InputSide, LoRA, LoRAFA, SV
 from rankwise.structures.products import HiRA, LoHa, LoKr
 from rankwise.structures.rotations import BOFT, HRA, OFT, PSOFT
 from rankwise.structures.shared import ShareLoRA, TiedLoRA, VeRA
+from rankwise.structures.spectral_domain import C3A, FouRA, FourierFT, SHiRA, WaveFT
 from rankwise.structures.structure import (
     Added,
     Additive,
@@ -29,10 +30,11 @@ from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
-    "ABBA", "BOFT", "HRA", "IA3", "OFT", "PSOFT", "SVFT", "Added", "Additive", "Anchored", "Bat", "Begun",
+    "ABBA", "BOFT", "C3A", "HRA", "IA3", "OFT", "PSOFT", "SVFT", "Added", "Additive", "Anchored", "Bat", "Begun",
     "BlockLoRA", "BoRA", "CaRA", "Chain", "Core", "CrossGroup", "DeLoRA", "Delta", "FacTTK", "FacTTT", "Factor",
-    "Factors", "GLoRA", "Gate", "Gated", "GraLoRA", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA",
-    "LoRETTA", "LoRTA", "LoTR", "MELoRA", "Magnitude", "MetaTT", "MiSS", "MoRA", "PRoLoRA", "PatchOFT", "QuanTA",
-    "Replace", "RoAd", "Rotation", "Rows", "SVDForm", "ShareLoRA", "Sided", "SineLoRA", "Stack", "Start",
-    "Structure", "Switched", "TTLoRA", "ThreeFactor", "TiedLoRA", "TinyLoRA", "TokenRows", "Truncated", "VeRA",
+    "Factors", "FouRA", "FourierFT", "GLoRA", "Gate", "Gated", "GraLoRA", "HiRA", "InputSide", "LoHa", "LoKr",
+    "LoRA", "LoRAFA", "LoRETTA", "LoRTA", "LoTR", "MELoRA", "Magnitude", "MetaTT", "MiSS", "MoRA", "PRoLoRA",
+    "PatchOFT", "QuanTA", "Replace", "RoAd", "Rotation", "Rows", "SHiRA", "SVDForm", "ShareLoRA", "Sided",
+    "SineLoRA", "Stack", "Start", "Structure", "Switched", "TTLoRA", "ThreeFactor", "TiedLoRA", "TinyLoRA",
+    "TokenRows", "Truncated", "VeRA", "WaveFT",
 ]  # fmt: skip

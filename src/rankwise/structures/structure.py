@@ -67,6 +67,10 @@ class Factor:
         """The sizes, in order."""
         return tuple(self.dims.values())
 
+    def inside(self, value: Tensor) -> bool:
+        """Whether whole numbers lie within their bounds; True of any other factor."""
+        return not self.below or bool(((value >= 0) & (value < self.below)).all())
+
 
 SIDES = (("rank", "in"), ("out", "rank"))  # dims of a and b
 

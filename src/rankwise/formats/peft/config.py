@@ -31,12 +31,14 @@ _KNOWN = """
     token_indices total_step trainable_token_indices use_cayley_neumann use_dora use_effective_conv2d use_rslora
     kasa_config init_v_bound projection_seed save_projection tinylora_dropout u weight_tying
 """
-# settings of the methods in augmented.py, then of those in rotating.py, as above
+# settings of the methods in augmented.py, rotating.py and spectral_domain.py, as above
 _KNOWN += """
     config_A_B config_C config_D_E gralora_dropout gralora_k hybrid_r
     ab_svd_init boft_block_num boft_block_size boft_dropout boft_n_butterfly_factor delora_lambda
     feedforward_modules group_size init_ia3_weights lambda_pattern mini_r miss_dropout psoft_alpha psoft_dropout
     psoft_mag_a psoft_mag_b psoft_orth psoft_svd psoft_svd_lowrank_niter random_seed use_bdlora variant
+    block_size block_size_pattern mask_type n_frequency n_frequency_pattern proportional_parameters random_loc_seed
+    scaling use_idwt wavelet_family
 """
 _DEFAULTS |= dict(config_A_B="lora", gralora_k=2, hybrid_r=0)
 # dropout of the layer's input, by method
@@ -48,20 +50,8 @@ _LOST = """
     alora_invocation_tokens apply_GS arrow_config coft layer_replication megatron_config monteclora_config
     use_qalora velora_config
 """
-_INITS = {
-    "true",
-    "false",
-    "none",
-    "gaussian",
-    "orthogonal",
-    "eva",
-    "mica",
-    "lycoris",
-    "pissa",
-    "uniform",
-    "bat",
-    "mini",
-}
+_INITS = {"true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lycoris", "pissa"}
+_INITS |= {"uniform", "bat", "mini", "kaiming_uniform", "xavier_uniform"}
 
 
 def read_config(folder: Path, left: list[str]) -> dict[str, Any]:

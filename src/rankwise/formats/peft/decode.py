@@ -53,11 +53,17 @@ def decode(
     if config.get("use_dora"):
         structure = Magnitude(structure)
     lead = () if site.stack is None else (site.stack,)
-    want = {name: (*lead, *factor.shape) for name, factor in structure.factors(site).items()}
+    described = structure.factors(site)
+    want = {name: (*lead, *factor.shape) for name, factor in described.items()}
     have = {name: tuple(value.shape) for name, value in f.items()}
     if want != have:
         raise FileFormatError(f"{site.name} needs factors of the shapes {want}; the file gives {have}.")
-    return structure, {k: v.to(torch.promote_types(v.dtype, torch.float32)).contiguous().clone() for k, v in f.items()}
+    if not all(factor.inside(f[name]) for name, factor in described.items()):
+        raise FileFormatError(
+            f"Entries of {site.name} lie on its {site.rows} x {site.cols} places; the file has others."
+        )
+    wide = {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in f.items() if v.is_floating_point()}
+    return structure, {k: v.contiguous().clone() for k, v in {**f, **wide}.items()}
 
 
 def _structure(config: Mapping[str, Any], place: Place, f: dict[str, Tensor]) -> Structure:

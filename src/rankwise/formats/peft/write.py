@@ -74,7 +74,11 @@ class _Draft:
     def spread(self, key: str, values: Mapping[str, Any], patterns: str | None = None) -> None:
         """A setting of every site: the commonest value, and patterns for the others."""
         common = Counter(values.values()).most_common(1)[0][0]
-        odd = {f"^{re.escape(k)}": v for k, v in values.items() if v != common}
+        plain = patterns in (
+            "block_size_pattern",
+            "n_frequency_pattern",
+        )  # PEFT finds them behind a dot, or as they are
+        odd = {k if plain else f"^{re.escape(k)}": v for k, v in values.items() if v != common}
         if odd and patterns is None:
             raise ConversionError(f"PEFT has one {key} for all sites; found {values}. Make them one, or merge.")
         self.settings |= {key: common} if patterns is None else {key: common, patterns: odd}
