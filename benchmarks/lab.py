@@ -255,7 +255,7 @@ def written(name: str, rank: int, rate: float, steps: int = 60) -> tuple[float, 
         losses.append(loss.item())
     found: list[float] = []
     for path, site in adapter.sites.items():
-        w = model.get_submodule(path).weight
+        w: Any = model.get_submodule(path).weight
         found.append(stable_rank(site.structure.weight(site.factors(), w).detach() - w.detach()))
     return sum(losses[-20:]) / 20, sum(found) / len(found)
 

@@ -52,7 +52,6 @@ def excess(x: Tensor) -> float:
         (TinyLoRA(2, size=9), 2),
         (Truncated(Gated(3), 2), 5),
         (Truncated(LoRA(3), 3), 6),
-        (SVFT("banded", 1), 12),
     ],
     ids=repr,
 )
@@ -66,6 +65,15 @@ def test_the_update_has_the_rank_that_it_lowers_to(structure, rank):
     update = structure.weight(adapter["0"], w) - w
     assert int(torch.linalg.matrix_rank(update)) == rank
     torch.testing.assert_close(pair.left @ pair.right, update)
+
+
+def test_an_update_of_full_rank_is_no_lora():
+    model = nn.Sequential(nn.Linear(12, 16)).double()
+    adapter = rw.attach(model, rw.Recipe(SVFT("banded", 1)))
+    randomise(adapter, lambda: model(torch.eye(12).double()))
+    update = SVFT("banded", 1).delta(adapter["0"])
+    assert int(torch.linalg.matrix_rank(update.dense())) == 12
+    assert update.lower() is None
 
 
 def test_what_is_dropped_is_the_end_of_the_spectrum():

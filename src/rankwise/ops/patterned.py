@@ -34,14 +34,10 @@ class Patterned(LinearOperator):
     def T(self) -> LinearOperator:
         return Patterned(self.right.mT, self.entries, self.col, self.row, self.left.mT)
 
-    def lower(self) -> LowRank:
-        return LowRank(self.left, self._core(self.right.mT).mT)
-
-    @property
-    def rank(self) -> int:
-        return self.left.shape[-1]
+    def lower(self) -> LowRank | None:
+        return None  # as a rule k is the smaller side
 
     @property
     def cost(self) -> Cost:
-        (m, n), k, e = self.shape, self.rank, self.entries.shape[-1]
+        (m, n), k, e = self.shape, self.left.shape[-1], self.entries.shape[-1]
         return Cost(k * (m + n) + e, e * n + m * k * n)

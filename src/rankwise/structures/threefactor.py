@@ -149,8 +149,8 @@ Pattern = Literal["banded", "random", "top_k"]
 class SVFT(Additive, Begun):
     """``U (S + M) V^T`` of W's full SVD, M (k, k) sparse and alone trained (Lingam et al. 2024, arXiv 2405.19597).
 
-    U and V are stored: for a square W twice its size. The update has full rank, and is applied by its factors or as a
-    matrix, whichever is cheaper.
+    U and V are stored: for a square W twice its size. The update has full rank, so no form of it is smaller than W: it
+    is formed for a product and never kept, or applied through U and V where W is quantised, or under dropout.
 
     Attributes:
         pattern: where M has entries: "banded", on ``width`` diagonals to both sides of the main one; "random",
