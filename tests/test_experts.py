@@ -45,9 +45,11 @@ from rankwise.structures import (
     LoKr,
     LoRA,
     LoRAFA,
+    LowRankWeight,
     Magnitude,
     Replace,
     Rows,
+    SparseLowRank,
     Stack,
     Structure,
     SVDForm,
@@ -83,6 +85,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 LEAVES = (
     *(LoRA(4), SVDForm(3), LoKr(4), LoHa(2), HiRA(4), OFT(4), Replace()),
     *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3)),
+    *(LowRankWeight(3), SparseLowRank(3, 6.0, 0.2)),
 )
 WRAPPED = (
     Magnitude(LoRA(4)),

@@ -282,7 +282,7 @@ def _placement(facts: Any, structure: Any, carriers: Any, classes: Mapping[str, 
 def _checked(file: Path, placements: Sequence[Placement], flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors by site and factor, every one declared and every declared one there."""
     wanted = {
-        f"{p.site.name}/{name}": (*((p.site.stack,) if p.site.stack else ()), *factor.shape)
+        f"{p.site.name}/{name}": ((*((p.site.stack,) if p.site.stack else ()), *factor.shape), factor.trainable)
         for p in placements
         for name, factor in p.structure.factors(p.site).items()
     }
@@ -292,12 +292,13 @@ def _checked(file: Path, placements: Sequence[Placement], flat: dict[str, Tensor
     found: dict[str, dict[str, Tensor]] = {p.site.name: {} for p in placements}
     if len(found) < len(placements):
         raise FileFormatError(f"{file} names a site twice.")
-    for key, shape in wanted.items():
+    for key, (shape, trained) in wanted.items():
         site, _, name = key.rpartition("/")
         found[site][name] = tensor = flat[key]
         if tuple(tensor.shape) != shape:
             raise FileFormatError(f"In {file} the recipe asks for {key} of shape {shape}; found {tuple(tensor.shape)}.")
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        whole = tensor.dtype is torch.int64 and not trained
+        if not (tensor.is_floating_point() or whole) or not torch.isfinite(tensor).all():
             raise FileFormatError(f"{key} in {file} holds NaN, infinity or integers.")
     return found
 

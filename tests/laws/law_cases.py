@@ -25,10 +25,13 @@ from rankwise.structures import (
     LoKr,
     LoRA,
     LoRAFA,
+    LowRankActivation,
+    LowRankWeight,
     Magnitude,
     PatchOFT,
     Replace,
     Rows,
+    SparseLowRank,
     Stack,
     Structure,
     SVDForm,
@@ -57,6 +60,8 @@ LEAVES: tuple[Structure, ...] = (
     HiRA(3),
     OFT(4),
     OFT(4, terms=5),
+    LowRankWeight(3),
+    SparseLowRank(3, 6.0, 0.2),
 )
 WRAPPED: tuple[Structure, ...] = (
     Magnitude(LoRA(3)),
@@ -74,6 +79,7 @@ WRAPPED: tuple[Structure, ...] = (
     Anchored(SVDForm(2)),
     Anchored(LoKr(2)),
     Magnitude(Core(3)),
+    Magnitude(LowRankWeight(3)),
     Anchored(Anchored(LoRA(2))),
     Stack(LoRA(3), OFT(4)),
     Stack(OFT(4), LoRA(3)),
@@ -108,7 +114,8 @@ TOKENS: tuple[Structure, ...] = (
 )
 ACROSS: tuple[Structure, ...] = (CrossGroup(6), CrossGroup(8, None), Stack(OFT(4), CrossGroup(6, 3.0, "alpha/sqrt(r)")))
 PATCHES: tuple[Structure, ...] = (PatchOFT(4), PatchOFT(3, terms=5), Stack(Replace(), PatchOFT(4)))
-STRUCTURES = (*LEAVES, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES)
+ACTIVATIONS: tuple[Structure, ...] = (LowRankActivation(3),)
+STRUCTURES = (*LEAVES, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES, *ACTIVATIONS)
 
 
 def normal(*shape: int) -> Callable[[int], Tensor]:
@@ -227,6 +234,8 @@ def possible(structure: Structure, layer: Layer) -> bool:
         return g > 1 and rank % g == 0
     if structure in PATCHES:
         return "2d" in layer.name
+    if structure in ACTIVATIONS:
+        return layer.name in ("Linear", "fused rows") or layer in LINEAR
     if structure in TOKENS:
         return layer.name in VOCABULARIES
     return structure not in ROWS or layer.name not in VOCABULARIES | SPATIAL

@@ -2,8 +2,9 @@
 
 from rankwise.ops.atoms import BlockDiagonal, Dense, Diagonal, Hadamard, Kronecker, Product, Scaled, Sum
 from rankwise.ops.operator import LinearOperator, LowRank
+from rankwise.ops.sparse import Sparse
 
 __all__ = [
     "BlockDiagonal", "Dense", "Diagonal", "Hadamard", "Kronecker", "LinearOperator", "LowRank", "Product", "Scaled",
-    "Sum",
+    "Sparse", "Sum",
 ]  # fmt: skip

@@ -4,8 +4,9 @@ The axes that every method shares (``sites``, ``dropout``, ``base``, ``lr``, ``r
 ``solver``, ``penalties``) pass through ``**axes`` to :class:`rankwise.Recipe`.
 """
 
-from rankwise.recipes import compositions, projected, ranking, regularised, solving, starts, structures
+from rankwise.recipes import compositions, pretraining, projected, ranking, regularised, solving, starts, structures
 from rankwise.recipes.compositions import *  # noqa: F403
+from rankwise.recipes.pretraining import *  # noqa: F403
 from rankwise.recipes.projected import *  # noqa: F403
 from rankwise.recipes.ranking import *  # noqa: F403
 from rankwise.recipes.regularised import *  # noqa: F403
@@ -18,6 +19,7 @@ __all__ += structures.__all__
 __all__ += starts.__all__
 __all__ += solving.__all__
 __all__ += projected.__all__
+__all__ += pretraining.__all__
 __all__ += ranking.__all__
 __all__ += regularised.__all__
 __all__ += compositions.__all__

@@ -8,10 +8,10 @@ from rankwise.solvers.muon import Muon
 from rankwise.solvers.projected import Apollo, ApolloMini, Fira, Flora, GaLore
 from rankwise.solvers.sgd import SGD
 from rankwise.solvers.solver import Solver
-from rankwise.solvers.tangent import LoRAPro, Riemannion
+from rankwise.solvers.tangent import LORO, LoRAPro, Riemannion
 
 __all__ = [
-    "ALS", "AdamW", "AltLoRA", "AltLoRAPlus", "Apollo", "ApolloMini", "Chained", "Fira", "Flora", "GaLore", "LoFT",
-    "LoRAPlus", "LoRAPro", "LoRARITE", "Muon", "RefLoRA", "RefLoRAS", "Riemannion", "RoLoRA", "SGD", "ScaledAdamW",
-    "ScaledGD", "Solver", "Transform",
+    "ALS", "LORO", "AdamW", "AltLoRA", "AltLoRAPlus", "Apollo", "ApolloMini", "Chained", "Fira", "Flora", "GaLore",
+    "LoFT", "LoRAPlus", "LoRAPro", "LoRARITE", "Muon", "RefLoRA", "RefLoRAS", "Riemannion", "RoLoRA", "SGD",
+    "ScaledAdamW", "ScaledGD", "Solver", "Transform",
 ]  # fmt: skip

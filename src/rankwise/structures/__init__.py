@@ -5,12 +5,14 @@ from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.lowrank import Core, Gated, InputSide, LoRA, LoRAFA, SVDForm, Switched
 from rankwise.structures.products import HiRA, LoHa, LoKr
 from rankwise.structures.rotations import OFT
+from rankwise.structures.standalone import LowRankActivation, LowRankWeight, SparseLowRank, Standalone
 from rankwise.structures.structure import Added, Additive, Begun, Factor, Factors, Gate, Rotation, Start, Structure
 from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
     "OFT", "Added", "Additive", "Anchored", "Begun", "Chain", "Core", "CrossGroup", "Delta", "Factor", "Factors",
-    "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "Magnitude", "PatchOFT", "Replace",
-    "Rotation", "Rows", "SVDForm", "Stack", "Start", "Structure", "Switched", "TokenRows",
+    "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "LowRankActivation", "LowRankWeight",
+    "Magnitude", "PatchOFT", "Replace", "Rotation", "Rows", "SVDForm", "SparseLowRank", "Stack", "Standalone", "Start",
+    "Structure", "Switched", "TokenRows",
 ]  # fmt: skip

@@ -62,7 +62,7 @@ def randomise(adapter: Adapter, outputs: Callable[[], Tensor], generator_seed: i
         The effect, as a share of the outputs' norm.
     """
     generator = torch.Generator().manual_seed(generator_seed)
-    starts = [(p, p.clone()) for p in adapter.parameters(trainable=False)]
+    starts = [(p, p.clone()) for p in adapter.parameters(trainable=False) if p.is_floating_point()]
     moves = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p, _ in starts]
     before, effect = outputs(), 0.0
     for size in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0):
