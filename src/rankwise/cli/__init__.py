@@ -19,6 +19,7 @@ COMMANDS = (
     "plan",
     "advise",
     "finetune",
+    "pretrain",
     "evaluate",
     "generate",
     "data",
