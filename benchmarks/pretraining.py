@@ -1,7 +1,7 @@
 """Pre-training on real text: ``python -m benchmarks.pretraining FOLDER``; every run is kept in FOLDER/ledger.jsonl.
 
 Three sizes of Llama from random weights on Shakespeare, seven methods, two seeds: held-out loss against the bytes that
-a method keeps through training, and its seconds. Each method's rate is first chosen among three at the first size
+a method keeps through training, and its seconds. Each method's rate is first chosen among four at the first size
 (seed 0), for all sizes. Interrupted, it goes on where it was. The table is written as FOLDER/pretraining.json and
 FOLDER/table.md.
 """
@@ -30,8 +30,8 @@ from rankwise.select import Ledger
 TEXT = Path(__file__).parents[2] / "shared" / "data" / "text_tinyshakespeare" / "input.txt"
 METHODS = ("full", "galore", "apollo", "relora", "sltrain", "loro", "cola_act")
 PLANNED = {"galore", "apollo", "relora", "loro"}  # do something every so often: here three times in a run
-FACTORS = (0.5, 1.0, 2.0)  # of a method's rate, to choose from
-STEPS = {"0.3M": 150, "1M": 150, "3M": 100}
+FACTORS = (0.5, 1.0, 2.0, 4.0)  # of a method's rate, to choose from
+STEPS = {"0.3M": 150, "1M": 130, "3M": 100}
 LEARNT, HELD_OUT = 400_000, 24_000  # characters
 
 
