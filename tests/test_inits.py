@@ -231,6 +231,17 @@ def held_out_share(a: Tensor, x: Tensor) -> float:
     return float((x @ q).square().sum() / x.square().sum())
 
 
+def test_sites_of_one_input_start_alike_and_are_apart():
+    """The statistic of an input is gathered once for q, k and v; each has a factor of its own all the same."""
+    for method in ("eva", "corda", "lora_ga"):
+        model, recipe = llama(), rw.recipe(method, rank=4)
+        adapter = rw.attach(
+            model, recipe, stats=rw.collect(model, [{"input_ids": tokens(), "labels": tokens()}], recipe)
+        )
+        stored = [p.untyped_storage().data_ptr() for _, p in adapter.named_parameters()]
+        assert len(stored) == len(set(stored)), method
+
+
 def test_eva_explains_more_of_the_inputs_than_random_on_every_site():
     model, recipe = llama().double(), rw.recipe("eva", rank=4)
     found = [{"input_ids": (tokens() * (i + 3) + i) % 64} for i in range(4)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, final
 
 import torch
@@ -69,7 +70,20 @@ class Dropout:
 
 @final
 class SiteFactors(nn.Module):
-    """The factors of one adapter at one site, as parameters."""
+    """The factors of one adapter at one site: parameters of its own, and some of the pool that several sites read.
+
+    Args:
+        site: the facts.
+        structure: what sits there.
+        values: of every factor.
+        dropout: of the recipe.
+        trainable: whether those factors that can be trained are.
+        pool: holds the shared factors; it is a child of the model, not of this module, so that whoever shards the
+            model by its blocks leaves it whole while they run.
+        keys: name -> key in the pool, of the shared factors; values of those that are not there yet are put there.
+    """
+
+    pool: Any
 
     def __init__(
         self,
@@ -78,14 +92,28 @@ class SiteFactors(nn.Module):
         values: Mapping[str, Tensor],
         dropout: float | Dropout = 0.0,
         trainable: bool = True,
+        pool: nn.Module | None = None,
+        keys: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self.site, self.structure, self.dropout = site, structure, dropout
+        self.site, self.structure, self.dropout, self.keys = site, structure, dropout, dict(keys)
+        self.__dict__["pool"] = pool
+        self.begun: list[str] = []  # shared factors that this site is the first to have
         for name, factor in self.described.items():
-            self.register_parameter(name, nn.Parameter(values[name], requires_grad=trainable and factor.trainable))
+            holder, key = (pool, self.keys[name]) if pool is not None and name in self.keys else (self, name)
+            if key not in holder._parameters:
+                holder.register_parameter(key, nn.Parameter(values[name], trainable and factor.trainable))
+                self.begun += [name] if holder is pool else []
 
     def factors(self) -> dict[str, Tensor]:
         """The live factors by name."""
+        return {**self._own(), **{name: self.pool._parameters[key] for name, key in self.keys.items()}}
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """The parameters that this site answers for: its own, and those shared ones that no site before it has."""
+        return {**self._own(), **{name: self.pool._parameters[self.keys[name]] for name in self.begun}}
+
+    def _own(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._parameters.items() if p is not None}
 
     def seen(self, masked: bool = True) -> dict[str, Tensor]:
@@ -124,10 +152,14 @@ class Adapters(nn.Module):
 
     def put(self, name: str, slot: str, factors: SiteFactors) -> None:
         """Add one adapter's factors."""
+        self.room(name).add_module(slot, factors)
+
+    def room(self, name: str) -> nn.Module:
+        """What holds one adapter's factors here: those of slots as children, shared ones as its own parameters."""
         if name not in self._modules:
             self.add_module(name, nn.Module())  # no ModuleDict: a parameter may be called "keys"
         child: Any = self._modules[name]
-        child.add_module(slot, factors)
+        return child
 
     def get(self, name: str, slot: str) -> SiteFactors | None:
         """One adapter's factors at a slot, if it has any here."""
@@ -173,6 +205,34 @@ class Placement:
     site: Site
     structure: Structure
     carriers: Carriers
+
+
+def pooled(placements: Sequence[Placement]) -> dict[str, dict[str, str]]:
+    """Site name -> factor -> key of the shared ones: sites that have one in common have one key."""
+    found: dict[str, dict[str, str]] = {}
+    for p in placements:
+        lead = () if p.site.stack is None else (p.site.stack,)
+        for name, factor in p.structure.factors(p.site).items():
+            if factor.shared is not None:
+                key = f"{name} of {factor.shared}, {' x '.join(map(str, (*lead, *factor.shape)))}"
+                found.setdefault(p.site.name, {})[name] = key.replace(".", "_")
+    return found
+
+
+def borrowed(placements: Sequence[Placement]) -> dict[tuple[str, str], str]:
+    """(site, factor) -> the site before it that has the same factor; only what is shared and not begun there."""
+    first: dict[str, str] = {}
+    keys = [(site, name, key) for site, names in pooled(placements).items() for name, key in names.items()]
+    return {(site, name): first[key] for site, name, key in keys if first.setdefault(key, site) != site}
+
+
+def owned(placements: Sequence[Placement]) -> list[tuple[Placement, dict[str, Factor]]]:
+    """Each placement with the factors that it answers for, so that a shared one is met once."""
+    others = borrowed(placements)
+    return [
+        (p, {k: v for k, v in p.structure.factors(p.site).items() if (p.site.name, k) not in others})
+        for p in placements
+    ]
 
 
 def adapted_value(module: nn.Module, name: str) -> Tensor:

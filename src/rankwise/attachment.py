@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from rankwise import io
 from rankwise._recipe import Recipe
 from rankwise.activity import Chosen, Routing, normalise
-from rankwise.adapter import Adapters, Placement, Registry, SiteFactors
+from rankwise.adapter import Adapters, Placement, Registry, SiteFactors, pooled
 from rankwise.candidates import base_modules
 from rankwise.errors import AttachError, UnknownName
-from rankwise.graft import Grafted, put, remove
-from rankwise.host import Site, host_of
+from rankwise.graft import Grafted, hold, put, remove
+from rankwise.host import host_of
 from rankwise.model_state import check_model, fast_paths, freeze_base, hide_from_checkpoints, untied
 from rankwise.penalties.flatness import opposed
 from rankwise.placement import TargetReport, report, resolve
 from rankwise.registry import encode
 from rankwise.siblings import introduce
+from rankwise.starting import start
 from rankwise.steps import accompany
-from rankwise.structures import Structure
 from rankwise.version import __version__
 from rankwise.weights import prepare
 
@@ -71,7 +71,7 @@ class Adapter(Mapping[str, dict[str, Tensor]]):
     def named_parameters(self, trainable: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
         """``site/factor`` and parameter, all of them or the trainable ones."""
         for site, module in self.sites.items():
-            for name, parameter in module.named_parameters():
+            for name, parameter in module.own().items():
                 if parameter.requires_grad or not trainable:
                     yield f"{site}/{name}", parameter
 
@@ -110,6 +110,7 @@ class Adapter(Mapping[str, dict[str, Tensor]]):
         modules = dict(self.model.named_modules())
         for path in {path for placement in self.placements for path, _, _ in placement.carriers}:
             remove(modules[path], self.name)
+        remove(self.model, self.name)
         introduce(modules, self.placements, registry)
         registry.adapters.pop(self.name, None)
         if isinstance(choice := registry.activity.choice, tuple):
@@ -122,7 +123,7 @@ class Adapter(Mapping[str, dict[str, Tensor]]):
         """Train the factors that the structure calls trainable, or freeze them all."""
         for module in self.sites.values():
             described = module.described
-            for name, parameter in module.named_parameters():
+            for name, parameter in module.own().items():
                 parameter.requires_grad_(trainable and described[name].trainable)
         return self
 
@@ -168,27 +169,6 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 # -- attach and load --------------------------------------------------------------------------
 
 
-def _start(recipe: Recipe, placement: Placement, host: Any, stats: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    """Starting values at one site, in the dtype and on the device where they will live."""
-    site, here = placement.site, None if stats is None else stats.get(placement.site.name)
-    dtype, device = torch.promote_types(host.dtype, torch.float32), host.parameter().device
-
-    def leaf(structure: Structure, site: Site, weight: Callable[[], Tensor]) -> Mapping[str, Tensor]:
-        if site.stack is None:
-            found = recipe.init(site, structure, weight, here)
-        else:
-            each = [recipe.init(site, structure, lambda e=e: weight()[e], here) for e in range(site.stack)]
-            found = {name: torch.stack([f[name] for f in each]) for name in each[0]}
-        return {k: v.to(device=device, dtype=dtype if v.is_floating_point() else v.dtype) for k, v in found.items()}
-
-    def weight() -> Tensor:
-        w = host.weight().detach()
-        return w.to(torch.promote_types(w.dtype, torch.float32))
-
-    with torch.no_grad():
-        return {k: v.contiguous() for k, v in placement.structure.start(site, weight, leaf).items()}
-
-
 def install(
     model: nn.Module,
     name: str,
@@ -205,8 +185,13 @@ def install(
     modules = dict(model.named_modules())
     registry = _find(model) or Registry()
     sites: dict[str, SiteFactors] = {}
+    keys, pool = pooled(placements), None
+    if keys:  # not in a container, which runs whatever child it has
+        inside = isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        pool = hold(modules[placements[0].carriers[0][0]] if inside else model, registry).room(name)
     for placement, tensors in zip(placements, values, strict=True):
-        factors = SiteFactors(placement.site, placement.structure, tensors, recipe.dropout, trainable)
+        own = pool, keys.get(placement.site.name, {})
+        factors = SiteFactors(placement.site, placement.structure, tensors, recipe.dropout, trainable, *own)
         factors.train(model.training)
         sites[placement.site.name] = factors
         for path, slot, transposed in placement.carriers:
@@ -288,7 +273,8 @@ def attach(
         prepare(base_modules(model).values())
         modules = dict(model.named_modules())
         where = [(placement, *placement.carriers[0]) for placement in placements]
-        values = [_start(recipe, p, host_of(modules[path], slot), stats) for p, path, slot, _ in where]
+        begun: dict[Any, Tensor] = {}
+        values = [start(recipe, p, host_of(modules[path], slot), stats, begun) for p, path, slot, _ in where]
     if freeze:
         freeze_base(model)
     return install(model, name, recipe, placements, values, trainable=True)

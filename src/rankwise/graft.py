@@ -175,10 +175,18 @@ def graft_class(base: type[nn.Module], layer: bool, names: tuple[str, ...] = ())
     return type(base.__name__, (base, Grafted), body)
 
 
+def hold(module: nn.Module, registry: Any) -> Adapters:
+    """The child of a module that holds what adapters have there."""
+    if not isinstance(module._modules.get("adapters"), Adapters):
+        module.add_module("adapters", Adapters(registry))
+    found: Any = module._modules["adapters"]
+    return found
+
+
 def put(module: nn.Module, adapter: str, slot: str, factors: SiteFactors, registry: Any) -> None:
     """Graft a module (if it is not yet) and hang one adapter's factors on it."""
     if not isinstance(module, Grafted):
-        module.add_module("adapters", Adapters(registry))
+        hold(module, registry)
         base, layer, names = type(module), False, ()
     else:
         base, (layer, names) = module.grafted_base, module.grafted_key
@@ -215,14 +223,17 @@ def _reseat(module: nn.Module) -> None:
 
 def remove(module: nn.Module, adapter: str) -> None:
     """Take one adapter off a module; the last one takes the graft with it."""
-    if not isinstance(module, Grafted):
+    holder = module._modules.get("adapters")
+    if not isinstance(holder, Adapters):
         return
-    module.adapters._modules.pop(adapter, None)
-    if module.adapters._modules:
+    holder._modules.pop(adapter, None)
+    if holder._modules:
         return
     grafted: Any = module
-    _drop_bound_forward(module)
     grafted._modules.pop("adapters")
+    if not isinstance(module, Grafted):
+        return
+    _drop_bound_forward(module)
     grafted.__dict__.pop("grafted_transposed", None)
     grafted.__class__ = grafted.grafted_base
     _reseat(module)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankwise._recipe import Recipe
-from rankwise.adapter import Placement
+from rankwise.adapter import Placement, borrowed, owned
 from rankwise.errors import BaseMismatch, FileFormatError, RankwiseError, SaveError
 from rankwise.host import LAYER, Site, host_of, kind_of
 from rankwise.registry import check_fields, decode, encode, known_classes
@@ -281,25 +281,31 @@ def _placement(facts: Any, structure: Any, carriers: Any, classes: Mapping[str, 
 
 def _checked(file: Path, placements: Sequence[Placement], flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors by site and factor, every one declared and every declared one there."""
-    wanted = {
-        f"{p.site.name}/{name}": ((*((p.site.stack,) if p.site.stack else ()), *factor.shape), factor.trainable)
-        for p in placements
-        for name, factor in p.structure.factors(p.site).items()
-    }
+    described = {f"{p.site.name}/{name}": factor for p, own in owned(placements) for name, factor in own.items()}
+    stacks = {p.site.name: () if p.site.stack is None else (p.site.stack,) for p in placements}
+    wanted = {key: (*stacks[key.rpartition("/")[0]], *factor.shape) for key, factor in described.items()}
     if wanted.keys() != flat.keys():
         missing, unknown = sorted(wanted.keys() - flat.keys())[:4], sorted(flat.keys() - wanted.keys())[:4]
         raise FileFormatError(f"The recipe of {file} says what it holds; found missing {missing}, unknown {unknown}.")
     found: dict[str, dict[str, Tensor]] = {p.site.name: {} for p in placements}
     if len(found) < len(placements):
         raise FileFormatError(f"{file} names a site twice.")
-    for key, (shape, trained) in wanted.items():
+    for key, shape in wanted.items():
         site, _, name = key.rpartition("/")
         found[site][name] = tensor = flat[key]
         if tuple(tensor.shape) != shape:
             raise FileFormatError(f"In {file} the recipe asks for {key} of shape {shape}; found {tuple(tensor.shape)}.")
-        whole = tensor.dtype is torch.int64 and not trained
-        if not (tensor.is_floating_point() or whole) or not torch.isfinite(tensor).all():
-            raise FileFormatError(f"{key} in {file} holds NaN, infinity or integers.")
+        below = described[key].below
+        if bool(below) == tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise FileFormatError(
+                f"{key} in {file} should hold {'whole' if below else 'finite'} numbers, and does not."
+            )
+        if below and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < below:
+            raise FileFormatError(
+                f"{key} in {file} lies from 0 to {below - 1}; found {tensor.min()} to {tensor.max()}."
+            )
+    for (site, name), first in borrowed(placements).items():
+        found[site][name] = found[first][name]
     return found
 
 

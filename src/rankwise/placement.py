@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from rankwise.adapter import Carriers, Placement
+from rankwise.adapter import Carriers, Placement, owned
 from rankwise.candidates import Candidate, base_modules, candidates
 from rankwise.errors import IncompatibleAxes, TargetError, TiedWeights
 from rankwise.host import LAYER, ParameterHost, Site
@@ -264,17 +264,19 @@ def _sites(count: int) -> str:
     return f"{count} site" if count == 1 else f"{count} sites"
 
 
-def trainable_count(placement: Placement) -> int:
-    """Trainable parameters of one placement."""
-    factors = placement.structure.factors(placement.site).values()
-    return (placement.site.stack or 1) * sum(prod(f.shape) for f in factors if f.trainable)
+def trained(placements: Sequence[Placement]) -> dict[str, int]:
+    """Trained numbers by site, shared ones at the first of theirs."""
+    return {
+        p.site.name: (p.site.stack or 1) * sum(prod(f.shape) for f in own.values() if f.trainable)
+        for p, own in owned(placements)
+    }
 
 
 def report(model: nn.Module, structure: Structure, sites: Sites) -> TargetReport:
     """The dry run of a recipe on a model; raises as ``attach`` would."""
     placements = resolve(model, structure, sites)
     by_name = {c.site.name: c for c in candidates(model)}
-    counted = {p.site.name: trainable_count(p) for p in placements}
+    counted = trained(placements)
     whole: dict[str, Target] = {}
     for target, placement in _whole(model, sites):
         whole.setdefault(placement.site.name, target)

@@ -142,6 +142,7 @@ def _is_still(part: Part) -> bool:
 def _where(module: Any, choice: tuple[str, ...]) -> list[tuple[dict[str, Any], str, Any]]:
     (level,) = module._modules["adapters"].active(choice, LAYER)
     tables = [(module._parameters, ["weight"]), (level._parameters, list(level._parameters))]
+    tables += [(level.pool._parameters, [*level.keys.values()])] if level.keys else []
     found = [(table, name, table[name]) for table, names in tables for name in names]
     return [*found, *((level.__dict__, name, getattr(level, name)) for name in ("training", "dropout", "structure"))]
 

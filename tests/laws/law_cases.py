@@ -31,12 +31,15 @@ from rankwise.structures import (
     PatchOFT,
     Replace,
     Rows,
+    ShareLoRA,
     SparseLowRank,
     Stack,
     Structure,
     SVDForm,
     Switched,
+    TiedLoRA,
     TokenRows,
+    VeRA,
 )
 from rankwise.testing import LAYERS as BASIC
 from rankwise.testing import Layer
@@ -62,6 +65,7 @@ LEAVES: tuple[Structure, ...] = (
     OFT(4, terms=5),
     LowRankWeight(3),
     SparseLowRank(3, 6.0, 0.2),
+    *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3)),
 )
 WRAPPED: tuple[Structure, ...] = (
     Magnitude(LoRA(3)),

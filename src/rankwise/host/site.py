@@ -55,6 +55,11 @@ class Site:
     role: str = "other"
     groups: int = 1
 
+    @property
+    def leaf(self) -> str:
+        """What the weight is called within its block: "q_proj"."""
+        return self.name.rpartition(".")[2]
+
 
 def flat_tokens(x: Tensor) -> Tensor:
     """Fold all dims between the first and the last: (B, ..., N) -> (B, T, N); (N,) -> (1, N)."""

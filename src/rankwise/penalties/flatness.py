@@ -40,7 +40,7 @@ class Sharpness(Perturbation):
     def moved(
         self, sites: Sequence[SiteFactors], gradients: Callable[[], Mapping[nn.Parameter, Tensor]], step: int
     ) -> Iterator[None]:
-        own = {p for site in sites for p in site.parameters()}
+        own = {p for site in sites for p in site.own().values()}
         found = {p: g for p, g in gradients().items() if p in own}
         kept = {p: p.detach().clone() for p in found}
         with torch.no_grad():
@@ -194,7 +194,7 @@ class Ascent(BeforeStep, AfterStep):
     rank: int | None = None
 
     def before(self, sites: Sequence[SiteFactors], rates: Rates, step: int) -> None:
-        for p in (p for site in sites for name, p in site.named_parameters() if name.startswith(SECOND)):
+        for p in (p for site in sites for name, p in site.own().items() if name.startswith(SECOND)):
             if p.grad is not None:
                 p.grad.neg_()
 

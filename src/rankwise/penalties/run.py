@@ -32,7 +32,7 @@ def perturbed(adapters: Sequence[Trained], run: Callable[[], Tensor], step: int)
     Returns:
         What ``run`` returned there.
     """
-    parameters = [p for a in adapters for site in a.sites.values() for p in site.parameters() if p.requires_grad]
+    parameters = [p for a in adapters for site in a.sites.values() for p in site.own().values() if p.requires_grad]
 
     def gradients() -> dict[nn.Parameter, Tensor]:
         kept = [p.grad for p in parameters]

@@ -60,7 +60,7 @@ class Budget(Ranks):
         remembered: dict[str, dict[str, dict[str, Tensor]]] = {m.site.name: {} for m in sites}
         if step < last:
             for module in sites:
-                for name, p in module.named_parameters():
+                for name, p in module.own().items():
                     if p.grad is not None and "rank" in module.described[name].dims:
                         remembered[module.site.name][name] = self._smoothed(p, memory.get(p, {}))
         weighed = [(m, name) for m in sites for name in gates(m)]

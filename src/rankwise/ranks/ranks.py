@@ -87,7 +87,7 @@ def scores(sites: Iterable[SiteFactors]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for module in sites:
         total = None
-        for name, parameter in module.named_parameters():
+        for name, parameter in module.own().items():
             dims = list(module.described[name].dims)
             if parameter.grad is None or "rank" not in dims or module.site.stack is not None:
                 continue

@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 
+from rankwise.adapter import owned
 from rankwise.errors import IncompatibleAxes, RankError
 from rankwise.hf.finetune import task_of
 from rankwise.hf.method import recipe_of
@@ -32,8 +33,8 @@ def sizes(run: Run) -> dict[str, int]:
     model = _bare(run.model, run.task)
     recipe = recipe_of(run)
     found = {"params": 0, "bytes": 0}
-    for placement in resolve(model, recipe.structure, task_of(run).sites(recipe.sites, model)):
-        for factor in placement.structure.factors(placement.site).values():
+    for placement, own in owned(resolve(model, recipe.structure, task_of(run).sites(recipe.sites, model))):
+        for factor in own.values():
             count = (placement.site.stack or 1) * prod(factor.shape)
             found["params"] += count * factor.trainable
             found["bytes"] += count * FLOAT

@@ -36,7 +36,7 @@ class AdamW(_Adam):
     """
 
     def groups(self, sites: Iterable[SiteFactors], lr: float) -> list[dict[str, Any]]:
-        params = [p for site in sites for p in site.parameters() if p.requires_grad]
+        params = [p for site in sites for p in site.own().values() if p.requires_grad]
         return grouped({"factors": params}, {"factors": lr})
 
 
@@ -62,7 +62,7 @@ class LoRAPlus(_Adam):
         members: dict[str, list[torch.nn.Parameter]] = {"in side": [], "out side": []}
         for site in sites:
             described = site.described
-            for name, parameter in site.named_parameters():
+            for name, parameter in site.own().items():
                 dims = tuple(described[name].dims)
                 side = "out side" if dims[0] == "out" and len(dims) > 1 else "in side"
                 if parameter.requires_grad:

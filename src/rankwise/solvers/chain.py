@@ -205,7 +205,7 @@ class Chained(Solver):
         found: dict[str, tuple[tuple[str, ...], list[torch.nn.Parameter], list[float]]]
         found = {"pairs": (PAIR, [], []), "pairs with a frozen": (HALF, [], []), "others": (ALONE, [], [])}
         for site in sites:
-            held = {name: p for name, p in site.named_parameters() if p.requires_grad}
+            held = {name: p for name, p in site.own().items() if p.requires_grad}
             for b, a, scale in trained_pairs(site.described):
                 if b in held:
                     _, params, scales = found["pairs" if a in held else "pairs with a frozen"]
@@ -219,7 +219,8 @@ class Chained(Solver):
     @final
     def __call__(self, sites: Iterable[SiteFactors], lr: float) -> torch.optim.Optimizer:
         sites = list(sites)
-        pairs = [(getattr(site, b), getattr(site, a)) for site in sites for b, a, _ in trained_pairs(site.described)]
+        named = [(site.factors(), b, a) for site in sites for b, a, _ in trained_pairs(site.described)]
+        pairs: list[Any] = [(f[b], f[a]) for f, b, a in named]
         frozen = {b: a for b, a in pairs if b.requires_grad and not a.requires_grad}
         return ChainOptimizer(self.groups(sites, lr), self.chain(), (Adam(),), frozen)
 

@@ -41,7 +41,7 @@ class _OnWeights(Solver):
 
     @final
     def groups(self, sites: Iterable[SiteFactors], lr: float) -> list[Group]:
-        params = [p for site in sites for p in site.parameters() if p.requires_grad]
+        params = [p for site in sites for p in site.own().values() if p.requires_grad]
         return grouped({"weights": params}, {"weights": lr})
 
     @final

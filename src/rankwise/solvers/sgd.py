@@ -22,7 +22,7 @@ class SGD(Solver):
     momentum: float = 0.0
 
     def groups(self, sites: Iterable[SiteFactors], lr: float) -> list[dict[str, Any]]:
-        params = [p for site in sites for p in site.parameters() if p.requires_grad]
+        params = [p for site in sites for p in site.own().values() if p.requires_grad]
         return grouped({"factors": params}, {"factors": lr})
 
     def __call__(self, sites: Iterable[SiteFactors], lr: float) -> torch.optim.Optimizer:

@@ -5,6 +5,7 @@ from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.lowrank import Core, Gated, InputSide, LoRA, LoRAFA, SVDForm, Switched
 from rankwise.structures.products import HiRA, LoHa, LoKr
 from rankwise.structures.rotations import OFT
+from rankwise.structures.shared import ShareLoRA, TiedLoRA, VeRA
 from rankwise.structures.standalone import LowRankActivation, LowRankWeight, SparseLowRank, Standalone
 from rankwise.structures.structure import Added, Additive, Begun, Factor, Factors, Gate, Rotation, Start, Structure
 from rankwise.structures.whole import Replace, TokenRows
@@ -13,6 +14,6 @@ from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 __all__ = [
     "OFT", "Added", "Additive", "Anchored", "Begun", "Chain", "Core", "CrossGroup", "Delta", "Factor", "Factors",
     "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "LowRankActivation", "LowRankWeight",
-    "Magnitude", "PatchOFT", "Replace", "Rotation", "Rows", "SVDForm", "SparseLowRank", "Stack", "Standalone", "Start",
-    "Structure", "Switched", "TokenRows",
+    "Magnitude", "PatchOFT", "Replace", "Rotation", "Rows", "SVDForm", "ShareLoRA", "SparseLowRank", "Stack",
+    "Standalone", "Start", "Structure", "Switched", "TiedLoRA", "TokenRows", "VeRA",
 ]  # fmt: skip

@@ -91,10 +91,11 @@ class SparseLowRank(Begun, Standalone):
             )
 
     def factors(self, site: Site) -> dict[str, Factor]:
-        kept = {"kept": max(1, int(self.density * site.rows * site.cols))}
+        size = site.rows * site.cols
+        kept = {"kept": max(1, int(self.density * size))}
         return {
             **_sides(self.rank, site, Start.ZEROS, scale_of(self.rank, self.alpha, "alpha/r")),
-            "places": Factor(kept, trainable=False),
+            "places": Factor(kept, trainable=False, below=size),
             "values": Factor(kept),
         }
 

@@ -50,12 +50,17 @@ class Factor:
         start: where it starts; a number fills it.
         trainable: whether it is trained or only stored.
         scale: of a factor of a pair ``s * b @ a``, its s; None for any other factor.
+        shared: among which sites: those of one adapter that have a factor of this name, shape and label have it in
+            common, as the first of them starts it; None for a factor of the site's own.
+        below: of whole numbers from 0 on, which are not trained, their upper bound; 0 for any other factor.
     """
 
     dims: Mapping[str, int]
     start: Start | float = Start.ZEROS
     trainable: bool = True
     scale: float | None = None
+    shared: str | None = None
+    below: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -145,6 +150,9 @@ class Begun(ABC):
             site: the facts of the layer.
             weight: gives the frozen weight (*experts, out, in), in float32 or above.
             drawn: what the init gave, (*experts, ...).
+
+        Returns:
+            Those values, by factor.
         """
 
 

@@ -103,7 +103,10 @@ def _batch(compare: Comparison, factors: SiteFactors) -> None:
     weight, site, f = factors.structure.weight, factors.site, factors.factors()
     w = torch.randn(*([site.stack] if site.stack else []), site.rows, site.cols, dtype=torch.float64)
     if site.stack is None:
-        f = {k: torch.stack([v, v + torch.randn_like(v) / 4 if v.is_floating_point() else v]) for k, v in f.items()}
+        f = {
+            k: torch.stack([v, v + torch.randn(v.shape).to(v) / 4 if v.is_floating_point() else v])
+            for k, v in f.items()
+        }
     each = [weight({k: v[i] for k, v in f.items()}, w[i] if site.stack else w) for i in range(site.stack or 2)]
     compare("L3 batch", weight(f, w), torch.stack(each), ", weight")
 
