@@ -57,7 +57,8 @@ def kept(prepared: Prepared) -> float:
     return float(_bytes(adapter.parameters(trainable=False)) + _bytes(states) + _bytes(read))
 
 
-MEASURES = {"bytes kept in a step": kept}
+KEPT = "bytes kept in a step"
+MEASURES = {KEPT: kept}
 
 
 def texts(folder: Path) -> tuple[Path, Path]:
@@ -93,8 +94,8 @@ def main(folder: Path, sizes: list[str], seeds: int, most: int | None, methods: 
         for size in sizes:
             for seed in range(seeds):
                 entry = ledger.done(run(size, method, seed, best), MEASURES)
-                found = dict(zip(("bytes",), entry.measures.values(), strict=False))
-                found["base"] = (folder / f"base-{size}-{seed}" / "model.safetensors").stat().st_size
+                held = (folder / f"base-{size}-{seed}" / "model.safetensors").stat().st_size
+                found = {"base": held, "bytes": entry.measures.get(KEPT)}
                 told = {"size": size, "method": method, "seed": seed, "lr": entry.lr, "steps": entry.steps}
                 told |= {"loss": entry.loss, "seconds": entry.seconds, "parameters": entry.parameters, **found}
                 rows.append(told | {"curve": entry.curve.get("training"), "resumed": entry.resumed})
@@ -116,7 +117,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for (size, method), same in sorted(groups.items(), key=lambda item: list(SIZES).index(item[0][0])):
         one, losses = same[0], ", ".join(f"{row['loss']:.3f}" for row in same)
         seconds = sum(row["seconds"] for row in same) / len(same)
-        held = (f"{one[name] / 1e6:.2f}" if name in one else "" for name in ("bytes", "base"))
+        held = (f"{one[name] / 1e6:.2f}" if one[name] else "" for name in ("bytes", "base"))
         cells = (size, method, f"{one['lr']:.2g}", f"{one['parameters']:,}", *held, f"{seconds:.0f}", losses)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

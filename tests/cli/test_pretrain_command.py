@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
+from benchmarks.pretraining import kept, table
 from safetensors.torch import load_file
 
+from rankwise.hf.finetune import prepare
 from rankwise.hf.pretrain import RATES, SIZES, fresh, settled
 from rankwise.hf.run import Run
 
@@ -120,3 +123,20 @@ def test_nothing_is_overwritten_unasked(rankwise, tiny, files, tmp_path):
     done = rankwise("pretrain", tiny, files / "text.txt", "--out", "run")
     assert done.code == 2 and "mine" in done.err
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+# -- the benchmark's measure --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["full", "relora", "loro"])
+def test_what_training_keeps_is_counted(tiny, files, method):
+    """Weights and Adam's two moments, 4 bytes each; ReLoRA also reads W and a sum of finished pairs."""
+    run = settled(Run(str(tiny), str(files / "text.txt"), "-", method=method, pack=True, options=dict(every=3)))
+    prepared = prepare(run if method != "full" else replace(run, options={}))
+    trained = sum(p.numel() for p in prepared.adapter.parameters())
+    linear = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64)
+    want = 12 * trained + (8 * linear if method == "relora" else 0)
+    assert want <= kept(prepared) <= want + 2000  # the optimizer's counts of steps
+    row = {"size": "3M", "method": method, "lr": 1e-3, "parameters": trained, "bytes": want, "base": 4e6}
+    shown = table([row | {"loss": 2.0, "seconds": 3.0}, row | {"loss": 4.0, "seconds": 5.0}])
+    assert f"| 3M | {method} | 0.001 | {trained:,} | {want / 1e6:.2f} | 4.00 | 4 | 2.000, 4.000 |" in shown
