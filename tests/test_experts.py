@@ -35,9 +35,12 @@ from rankwise.host import host_of
 from rankwise.structures import (
     OFT,
     Anchored,
+    CaRA,
     Chain,
     Core,
     Delta,
+    FacTTK,
+    FacTTT,
     Gated,
     HiRA,
     InputSide,
@@ -45,8 +48,13 @@ from rankwise.structures import (
     LoKr,
     LoRA,
     LoRAFA,
+    LoRETTA,
+    LoRTA,
+    LoTR,
     LowRankWeight,
     Magnitude,
+    MetaTT,
+    QuanTA,
     Replace,
     Rows,
     SparseLowRank,
@@ -55,6 +63,7 @@ from rankwise.structures import (
     SVDForm,
     Switched,
     TokenRows,
+    TTLoRA,
 )
 from rankwise.testing import randomise
 from rankwise.testing.compare import Comparison
@@ -86,6 +95,8 @@ LEAVES = (
     *(LoRA(4), SVDForm(3), LoKr(4), LoHa(2), HiRA(4), OFT(4), Replace()),
     *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3)),
     *(LowRankWeight(3), SparseLowRank(3, 6.0, 0.2)),
+    *(TTLoRA(2), LoRETTA(3, 2), QuanTA(3)),
+    *(FacTTT(2), FacTTK(2), LoTR(2), LoRTA(2), CaRA(2), MetaTT(2, heads=2, tasks=2)),
 )
 WRAPPED = (
     Magnitude(LoRA(4)),

@@ -14,6 +14,7 @@ from rankwise.recipes import (
     solving,
     starts,
     structures,
+    tensors,
 )
 from rankwise.recipes.compositions import *  # noqa: F403
 from rankwise.recipes.pretraining import *  # noqa: F403
@@ -24,10 +25,12 @@ from rankwise.recipes.sharing import *  # noqa: F403
 from rankwise.recipes.solving import *  # noqa: F403
 from rankwise.recipes.starts import *  # noqa: F403
 from rankwise.recipes.structures import *  # noqa: F403
+from rankwise.recipes.tensors import *  # noqa: F403
 
 __all__: list[str] = []
 __all__ += structures.__all__
 __all__ += sharing.__all__
+__all__ += tensors.__all__
 __all__ += starts.__all__
 __all__ += solving.__all__
 __all__ += projected.__all__

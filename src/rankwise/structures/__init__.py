@@ -8,12 +8,15 @@ from rankwise.structures.rotations import OFT
 from rankwise.structures.shared import ShareLoRA, TiedLoRA, VeRA
 from rankwise.structures.standalone import LowRankActivation, LowRankWeight, SparseLowRank, Standalone
 from rankwise.structures.structure import Added, Additive, Begun, Factor, Factors, Gate, Rotation, Start, Structure
+from rankwise.structures.tensors import LoRETTA, QuanTA, TTLoRA
+from rankwise.structures.tensors_across import CaRA, FacTTK, FacTTT, LoRTA, LoTR, MetaTT
 from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
-    "OFT", "Added", "Additive", "Anchored", "Begun", "Chain", "Core", "CrossGroup", "Delta", "Factor", "Factors",
-    "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "LowRankActivation", "LowRankWeight",
-    "Magnitude", "PatchOFT", "Replace", "Rotation", "Rows", "SVDForm", "ShareLoRA", "SparseLowRank", "Stack",
-    "Standalone", "Start", "Structure", "Switched", "TiedLoRA", "TokenRows", "VeRA",
+    "OFT", "Added", "Additive", "Anchored", "Begun", "CaRA", "Chain", "Core", "CrossGroup", "Delta", "FacTTK", "FacTTT",
+    "Factor", "Factors", "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRETTA", "LoRTA",
+    "LoTR", "LowRankActivation", "LowRankWeight", "Magnitude", "MetaTT", "PatchOFT", "QuanTA", "Replace", "Rotation",
+    "Rows", "SVDForm", "ShareLoRA", "SparseLowRank", "Stack", "Standalone", "Start", "Structure", "Switched",
+    "TTLoRA", "TiedLoRA", "TokenRows", "VeRA",
 ]  # fmt: skip
