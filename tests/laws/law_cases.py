@@ -46,6 +46,8 @@ from rankwise.structures import (
     LoRETTA,
     LoRTA,
     LoTR,
+    LowRankActivation,
+    LowRankWeight,
     Magnitude,
     MELoRA,
     MetaTT,
@@ -60,6 +62,7 @@ from rankwise.structures import (
     ShareLoRA,
     SHiRA,
     SineLoRA,
+    SparseLowRank,
     Stack,
     Structure,
     SVDForm,
@@ -107,6 +110,8 @@ LEAVES: tuple[Structure, ...] = (
     GLoRA(2, "constant", "vector"),
     GLoRA(2, "none"),
     PRoLoRA(4),
+    LowRankWeight(3),
+    SparseLowRank(3, 6.0, 0.2),
     *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3)),
     *(TTLoRA(2), TTLoRA(3, 2.0, 1, 2), LoRETTA(3, 2, 4.0), LoRETTA(2, 3, 2.0, 2, 1), QuanTA(3), QuanTA(2)),
     *(FacTTT(3), FacTTK(2, 2.0), LoTR(3, 6.0), LoRTA(3, heads=4), CaRA(2), CaRA(2, attention=("0", "mid"))),
@@ -163,6 +168,7 @@ WRAPPED: tuple[Structure, ...] = (
     Anchored(ThreeFactor(2)),
     Truncated(Gated(3), 2),
     Magnitude(Truncated(LoRA(2), 1)),
+    Magnitude(LowRankWeight(3)),
     Anchored(Anchored(LoRA(2))),
     Stack(LoRA(3), OFT(4)),
     Stack(OFT(4), LoRA(3)),
@@ -202,7 +208,8 @@ TOKENS: tuple[Structure, ...] = (
 )
 ACROSS: tuple[Structure, ...] = (CrossGroup(6), CrossGroup(8, None), Stack(OFT(4), CrossGroup(6, 3.0, "alpha/sqrt(r)")))
 PATCHES: tuple[Structure, ...] = (PatchOFT(4), PatchOFT(3, terms=5), Stack(Replace(), PatchOFT(4)))
-STRUCTURES = (*LEAVES, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES)
+ACTIVATIONS: tuple[Structure, ...] = (LowRankActivation(3),)
+STRUCTURES = (*LEAVES, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES, *ACTIVATIONS)
 
 
 def normal(*shape: int) -> Callable[[int], Tensor]:
@@ -321,6 +328,8 @@ def possible(structure: Structure, layer: Layer) -> bool:
         return g > 1 and rank % g == 0
     if structure in PATCHES:
         return "2d" in layer.name
+    if structure in ACTIVATIONS:
+        return layer.name in ("Linear", "fused rows") or layer in LINEAR
     if structure in TOKENS:
         return layer.name in VOCABULARIES
     return structure not in ROWS or layer.name not in VOCABULARIES | SPATIAL

@@ -11,6 +11,7 @@ from rankwise.structures.products import HiRA, LoHa, LoKr
 from rankwise.structures.rotations import BOFT, HRA, OFT, PSOFT
 from rankwise.structures.shared import ShareLoRA, TiedLoRA, VeRA
 from rankwise.structures.spectral_domain import C3A, FouRA, FourierFT, SHiRA, WaveFT
+from rankwise.structures.standalone import LowRankActivation, LowRankWeight, SparseLowRank, Standalone
 from rankwise.structures.structure import (
     Added,
     Additive,
@@ -33,8 +34,8 @@ __all__ = [
     "ABBA", "BOFT", "C3A", "HRA", "IA3", "OFT", "PSOFT", "SVFT", "Added", "Additive", "Anchored", "Bat", "Begun",
     "BlockLoRA", "BoRA", "CaRA", "Chain", "Core", "CrossGroup", "DeLoRA", "Delta", "FacTTK", "FacTTT", "Factor",
     "Factors", "FouRA", "FourierFT", "GLoRA", "Gate", "Gated", "GraLoRA", "HiRA", "InputSide", "LoHa", "LoKr",
-    "LoRA", "LoRAFA", "LoRETTA", "LoRTA", "LoTR", "MELoRA", "Magnitude", "MetaTT", "MiSS", "MoRA", "PRoLoRA",
-    "PatchOFT", "QuanTA", "Replace", "RoAd", "Rotation", "Rows", "SHiRA", "SVDForm", "ShareLoRA", "Sided",
-    "SineLoRA", "Stack", "Start", "Structure", "Switched", "TTLoRA", "ThreeFactor", "TiedLoRA", "TinyLoRA",
-    "TokenRows", "Truncated", "VeRA", "WaveFT",
+    "LoRA", "LoRAFA", "LoRETTA", "LoRTA", "LoTR", "LowRankActivation", "LowRankWeight", "MELoRA", "Magnitude",
+    "MetaTT", "MiSS", "MoRA", "PRoLoRA", "PatchOFT", "QuanTA", "Replace", "RoAd", "Rotation", "Rows", "SHiRA",
+    "SVDForm", "ShareLoRA", "Sided", "SineLoRA", "SparseLowRank", "Stack", "Standalone", "Start", "Structure",
+    "Switched", "TTLoRA", "ThreeFactor", "TiedLoRA", "TinyLoRA", "TokenRows", "Truncated", "VeRA", "WaveFT",
 ]  # fmt: skip
