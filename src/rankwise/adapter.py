@@ -102,7 +102,8 @@ class SiteFactors(nn.Module):
         for name, factor in self.described.items():
             holder, key = (pool, self.keys[name]) if pool is not None and name in self.keys else (self, name)
             if key not in holder._parameters:
-                holder.register_parameter(key, nn.Parameter(values[name], trainable and factor.trainable))
+                value = values[name].clone() if holder is pool else values[name]  # one may begin several
+                holder.register_parameter(key, nn.Parameter(value, trainable and factor.trainable))
                 self.begun += [name] if holder is pool else []
 
     def factors(self) -> dict[str, Tensor]:

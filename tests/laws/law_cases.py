@@ -12,8 +12,10 @@ from rankwise.errors import IncompatibleAxes, RankError
 from rankwise.placement import resolve
 from rankwise.sites import Sites
 from rankwise.structures import (
+    NOLA,
     OFT,
     Anchored,
+    BSLoRA,
     Chain,
     Core,
     CrossGroup,
@@ -27,6 +29,8 @@ from rankwise.structures import (
     LoRAFA,
     Magnitude,
     PatchOFT,
+    RandLoRA,
+    RaSA,
     Replace,
     Rows,
     ShareLoRA,
@@ -36,6 +40,8 @@ from rankwise.structures import (
     Switched,
     TiedLoRA,
     TokenRows,
+    UniLoRA,
+    VBLoRA,
     VeRA,
 )
 from rankwise.testing import LAYERS as BASIC
@@ -60,7 +66,9 @@ LEAVES: tuple[Structure, ...] = (
     HiRA(3),
     OFT(4),
     OFT(4, terms=5),
-    *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3)),
+    *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3), VeRA(20), VeRA(3, widths=(40, 40))),
+    *(RaSA(3), BSLoRA(1, 2, 1), BSLoRA(0, 1, 2, widths=(40, 40)), VBLoRA(2, 5, 4), RandLoRA(3), UniLoRA(2, 7)),
+    NOLA(2, bases=3),
 )
 WRAPPED: tuple[Structure, ...] = (
     Magnitude(LoRA(3)),

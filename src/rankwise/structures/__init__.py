@@ -1,5 +1,7 @@
 """Structures: how trainable factors become an update, and how it meets the frozen weight."""
 
+from rankwise.structures.banks import BSLoRA, RaSA, VBLoRA
+from rankwise.structures.bases import NOLA, RandLoRA, UniLoRA
 from rankwise.structures.chains import Chain, Delta
 from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.lowrank import Core, Gated, InputSide, LoRA, LoRAFA, SVDForm, Switched
@@ -11,8 +13,8 @@ from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
-    "OFT", "Added", "Additive", "Anchored", "Begun", "Chain", "Core", "CrossGroup", "Delta", "Factor", "Factors",
-    "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "Magnitude", "PatchOFT", "Replace",
-    "Rotation", "Rows", "SVDForm", "ShareLoRA", "Stack", "Start", "Structure", "Switched", "TiedLoRA", "TokenRows",
-    "VeRA",
+    "NOLA", "OFT", "Added", "Additive", "Anchored", "BSLoRA", "Begun", "Chain", "Core", "CrossGroup", "Delta",
+    "Factor", "Factors", "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "Magnitude",
+    "PatchOFT", "RaSA", "RandLoRA", "Replace", "Rotation", "Rows", "SVDForm", "ShareLoRA", "Stack", "Start",
+    "Structure", "Switched", "TiedLoRA", "TokenRows", "UniLoRA", "VBLoRA", "VeRA",
 ]  # fmt: skip

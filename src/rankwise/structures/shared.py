@@ -16,6 +16,16 @@ from rankwise.structures.structure import Additive, Factor, Factors, Start, chec
 _SIDES = {"a": ("a",), "b": ("b",), "both": ("a", "b")}
 
 
+@dataclass(frozen=True)
+class Unscaled(Additive):
+    """``W + operator``, without a scale."""
+
+    @property
+    @final
+    def scale(self) -> float:
+        return 1.0
+
+
 @final
 @dataclass(frozen=True)
 class ShareLoRA(Ranked, Additive):
@@ -45,14 +55,29 @@ class ShareLoRA(Ranked, Additive):
 class Weighted(Ranked, Additive):
     """``W + s diag(v) B diag(u) A``, B and A the same in all layers of one shape, u and v each layer's own."""
 
-    def operator(self, f: Factors) -> LinearOperator:
-        return Product(Dense(f["v"].unsqueeze(-1) * f["b"]), Product(Diagonal(f["u"]), Dense(f["a"])))
-
-    def _pair(self, site: Site, b: Start, trainable: bool) -> dict[str, Factor]:
-        r = check_rank(self.rank, site, min(site.rows, site.cols))
+    def _pair(self, site: Site, r: int, b: Start, trainable: bool) -> dict[str, Factor]:
         both = {"a": {"rank": r, "in": site.cols}, "b": {"out": site.rows, "rank": r}}
         label = f"{site.kind}s of {site.rows} x {site.cols}"
         return {k: Factor(dims, b if k == "b" else Start.RANDOM, trainable, shared=label) for k, dims in both.items()}
+
+    def operator(self, f: Factors) -> LinearOperator:
+        rows, span = f["v"].shape[-1], f.get("span")
+        b, a = f["b"][..., :rows, :], f["a"] if span is None else f["a"][..., : span.shape[-1]]
+        return Product(Dense(f["v"].unsqueeze(-1) * b), Product(Diagonal(f["u"]), Dense(a)))
+
+
+def fits(site: Site, widths: tuple[int, int]) -> tuple[int, int]:
+    """The sides (out, in) of a pair that the layers slice, if it is as large as this layer.
+
+    Raises:
+        IncompatibleAxes: it is not.
+    """
+    if len(widths) != 2 or site.rows > widths[0] or site.cols > widths[1]:
+        raise IncompatibleAxes(
+            f"Widths are the most outputs and the most inputs of any adapted layer; found {tuple(widths)}, while "
+            f"{site.name} is {site.rows} x {site.cols}. Raise them, or leave that layer out."
+        )
+    return widths
 
 
 @final
@@ -61,19 +86,29 @@ class VeRA(Weighted):
     """``W + diag(v) B diag(u) A``, B and A random, frozen and shared (Kopiczko et al. 2023, arXiv 2310.11454).
 
     Attributes:
-        rank: r; far above LoRA's, since only u and v are trained.
+        rank: r; far above LoRA's, even above the layer's sides, since only u and v are trained.
         alpha: numerator of a scale; None for a scale of 1, as in the paper.
         scale_rule: as in LoRA.
         start_u: where u starts.
+        widths: the most outputs and the most inputs of any layer, for one pair of which each layer takes the first rows
+            of B and columns of A, as in PEFT; None for a pair for each shape.
     """
 
     start_u: float = 0.1
+    widths: tuple[int, int] | None = None
 
     traits = Ranked.traits - {"two_sided", "lowrank"}
 
     def factors(self, site: Site) -> dict[str, Factor]:
-        pair = self._pair(site, Start.RANDOM, trainable=False)
-        return {**pair, "u": Factor({"rank": pair["a"].dims["rank"]}, self.start_u), "v": Factor({"out": site.rows})}
+        r = check_rank(self.rank, site, max(self.rank, 1))
+        own = {"u": Factor({"rank": r}, self.start_u), "v": Factor({"out": site.rows})}
+        if self.widths is None:
+            return {**self._pair(site, r, Start.RANDOM, trainable=False), **own}
+        rows, cols = fits(site, self.widths)
+        pair = {"a": {"rank": r, "widest_in": cols}, "b": {"widest_out": rows, "rank": r}}
+        both = {k: Factor(dims, Start.RANDOM, trainable=False, shared=f"{site.kind}s") for k, dims in pair.items()}
+        # without entries: its shape tells the operator how many columns the layer has
+        return {**both, **own, "span": Factor({"none": 0, "in": site.cols}, trainable=False)}
 
 
 @final
@@ -90,5 +125,6 @@ class TiedLoRA(Weighted):
     traits = Ranked.traits - {"lowrank"}
 
     def factors(self, site: Site) -> dict[str, Factor]:
-        pair, ones = self._pair(site, Start.ZEROS, trainable=True), Start.ONES
-        return {**pair, "u": Factor({"rank": pair["a"].dims["rank"]}, ones), "v": Factor({"out": site.rows}, ones)}
+        r, ones = check_rank(self.rank, site, min(site.rows, site.cols)), Start.ONES
+        own = {"u": Factor({"rank": r}, ones), "v": Factor({"out": site.rows}, ones)}
+        return {**self._pair(site, r, Start.ZEROS, trainable=True), **own}

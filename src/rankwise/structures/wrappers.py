@@ -130,7 +130,7 @@ class Anchored(Added):
 
     def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
         f = self.inner.start(site, weight, leaf)
-        return {**f, **named("anchor", {name: value.clone() for name, value in f.items()})}
+        return {**f, **named("anchor", f)}
 
     def delta(self, f: Factors) -> LinearOperator:
         assert isinstance(self.inner, Added)
