@@ -175,7 +175,7 @@ def randomise(model: nn.Module, marks: tuple[str, ...], scale: float = 0.3) -> N
                     p.add_(scale * draw)
 
 
-MARKS = ("lora_", "hada_", "lokr_", "hira_", "oft_", "modules_to_save", "trainable_tokens_delta")
+MARKS = ("lora_", "hada_", "lokr_", "hira_", "oft_", "vera_", "unilora_", "modules_to_save", "trainable_tokens_delta")
 
 
 def with_peft(build: Callable[[], nn.Module], config: Any, scale: float = 0.3) -> Any:

@@ -145,6 +145,30 @@ CASES = {
         lambda: peft.OFTConfig(oft_block_size=3, use_cayley_neumann=False, target_modules=["c2", "c2g"]),
     ),
     "oft patches shared": (Conv, lambda: peft.OFTConfig(oft_block_size=6, block_share=True, target_modules=["c2"])),
+    "vera": (llama, lambda: peft.VeraConfig(r=5, target_modules=["q_proj", "k_proj", "down_proj"])),
+    "vera gpt2": (gpt2, lambda: peft.VeraConfig(r=40, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
+    "randlora": (
+        partial(llama, num_hidden_layers=2),
+        lambda: peft.RandLoraConfig(r=5, target_modules=["up_proj", "down_proj"]),
+    ),
+    "randlora gpt2": (
+        gpt2,
+        lambda: peft.RandLoraConfig(r=6, randlora_alpha=3, target_modules=["c_attn"], fan_in_fan_out=True),
+    ),
+    "vblora": (
+        partial(llama, num_hidden_layers=2),
+        lambda: peft.VBLoRAConfig(r=3, num_vectors=9, vector_length=4, target_modules=["q_proj", "k_proj", "up_proj"]),
+    ),
+    "vblora top k alone": (
+        llama,
+        lambda: peft.VBLoRAConfig(
+            r=2, num_vectors=7, vector_length=8, topk=3, save_only_topk_weights=True, target_modules=QV
+        ),
+    ),
+    "unilora": (
+        partial(llama, num_hidden_layers=2),
+        lambda: peft.UniLoraConfig(r=3, theta_d_length=50, save_indices=True, target_modules=["k_proj", "down_proj"]),
+    ),
     "oft 1x1": (Conv, lambda: peft.OFTConfig(oft_block_size=2, target_modules=["c2p"])),
 }
 SMALL = {"oft": 0.1}  # the Neumann series is a rotation for small generators only
@@ -208,6 +232,7 @@ READ = [
     *("lora_gpt2", "lora_mha", "lora_modules_to_save", "lora_params_moe", "lora_pattern"),
     *("lora_pissa", "lora_seqtask", "lora_trainable_tokens", "lora_trainable_tokens_tied"),
     *("trainable_tokens", "lora_mica", "adalora", "loha", "loha_conv", "loha_conv_flat", "lokr"),
+    *("vera", "randlora", "vblora"),
     *("lokr_both", "lokr_conv", "lokr_full", "hira", "hira_emb", "oft", "oft_conv", "oft_shared"),
 ]
 REFUSED = {
@@ -216,8 +241,9 @@ REFUSED = {
     "lora_kasa": "kasa_config",
     "lora_monteclora": "monteclora_config",
     "lora_velora": "velora_config",
+    "unilora": "save_indices=True",
+    "vera_noproj": "save_projection=True",
     "ia3": 'peft_type="IA3"',
-    "vera": 'peft_type="VERA"',
     "boft": 'peft_type="BOFT"',
 }
 
@@ -229,7 +255,8 @@ def drawn_again(source, target):
     g = torch.Generator().manual_seed(5)
     found = load_file(file)
     for name, value in found.items():
-        if "base_layer.weight" in name:
+        kept = ("base_layer.weight", "randlora_A", "randlora_B", "topk_weights", "unilora_scales")
+        if any(mark in name for mark in kept) or not value.is_floating_point():
             continue
         noise = torch.randn(value.shape, generator=g)
         found[name] = value * (1 + 0.2 * noise) if "magnitude" in name else value + 0.2 * noise

@@ -17,9 +17,9 @@ from rankwise.structures.wrappers import named
 
 
 def decode(
-    config: Mapping[str, Any], place: Place, module: Any, tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any], place: Place, module: Any, tensors: Mapping[str, Tensor], common: Mapping[str, Tensor]
 ) -> tuple[Structure, dict[str, Tensor]]:
-    """The structure and factors of one site, checked against each other.
+    """The structure and factors of one site, those in common with others among them, checked against each other.
 
     Raises:
         ConversionError: a map that no structure of ours expresses.
@@ -28,7 +28,7 @@ def decode(
     kind, site = config["peft_type"], place.candidate.site
     check(kind, site, module)
     try:
-        f = ours(kind, place, tensors)
+        f = {**ours(kind, place, tensors), **common}
         structure = _structure(config, place, f)
     except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
         raise FileFormatError(f"Tensors and settings of {site.name} do not fit each other ({error!r}).") from error
@@ -43,11 +43,15 @@ def decode(
     if config.get("use_dora"):
         structure = Magnitude(structure)
     lead = () if site.stack is None else (site.stack,)
-    want = {name: (*lead, *factor.shape) for name, factor in structure.factors(site).items()}
+    described = structure.factors(site)
+    want = {name: (*lead, *factor.shape) for name, factor in described.items()}
     have = {name: tuple(value.shape) for name, value in f.items()}
     if want != have:
         raise FileFormatError(f"{site.name} needs factors of the shapes {want}; the file gives {have}.")
-    return structure, {k: v.to(torch.promote_types(v.dtype, torch.float32)).contiguous().clone() for k, v in f.items()}
+    if any(d.below and f[k].numel() and not 0 <= f[k].min() <= f[k].max() < d.below for k, d in described.items()):
+        raise FileFormatError(f"Whole numbers of {site.name} choose entries; the file chooses others than there are.")
+    wide = {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in f.items() if v.is_floating_point()}
+    return structure, {k: v.contiguous().clone() for k, v in {**f, **wide}.items()}
 
 
 def _structure(config: Mapping[str, Any], place: Place, f: dict[str, Tensor]) -> Structure:

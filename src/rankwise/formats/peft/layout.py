@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rankwise.candidates import Candidate, base_modules, candidates
 from rankwise.errors import ConversionError
+from rankwise.formats.peft import sharing
 from rankwise.formats.peft.method import Method
 from rankwise.host import LAYER, Site
 from rankwise.structures import OFT, HiRA, LoHa, LoKr, LoRA, SVDForm
@@ -34,6 +35,7 @@ METHODS = {
     "HIRA": Method(HiRA, {"a": "hira_A", "b": "hira_B"}, _ALL, ("dilation",)),
     "OFT": Method(OFT, {"q": "oft_R.weight"}, ("Linear", "Conv2d"), ("groups",)),
 }
+METHODS |= sharing.METHODS
 
 
 def layer_of(site: Site, module: Any) -> str:
@@ -123,7 +125,7 @@ def ours(kind: str, place: Place, tensors: Mapping[str, Tensor]) -> dict[str, Te
         raise ConversionError(
             f"Tensors of {site.name} are of no plain {kind}: {sorted(foreign)}. Merge it in PEFT, use the merged model."
         )
-    f = {names[k]: v.flatten() if k.endswith(("_E", "_vector")) else v.flatten(1) for k, v in found.items()}
+    f = {names[k]: v.flatten(0 if v.dim() == 1 or k.endswith(("_E", "_vector")) else 1) for k, v in found.items()}
     if site.stack and {"a", "b"} <= f.keys():
         f["a"] = f["a"].reshape(site.stack, -1, site.cols)
         f["b"] = f["b"].reshape(site.rows, -1, site.stack).permute(2, 0, 1)  # expert index fastest

@@ -1,7 +1,7 @@
 """What there is to know of one of PEFT's methods."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,10 @@ class Method:
         free: settings of a convolution that do no harm, as the update runs through the base's own.
         build: from PEFT's settings, with "r" and "alpha" as they are at this site, to our structure; the factors are
             changed in place where ours are others. None where :mod:`rankwise.formats.peft.decode` does it.
-        settings: the inverse, from our structure to PEFT's settings at a site.
+        settings: the inverse, from our structure to PEFT's settings at a site; the factors are changed in place.
+        common: factors that all layers share, and PEFT's names of them at the model's level.
+        sized: those factors, cut or padded to the size that PEFT gives them for the most outputs and inputs of a layer.
+        gather: from all tensors of a file, the factors in common that it does not hold as such.
     """
 
     structure: type[Structure]
@@ -30,3 +33,6 @@ class Method:
     free: tuple[str, ...] = ()
     build: Callable[[Mapping[str, Any], Site, dict[str, Tensor]], Structure] | None = None
     settings: Callable[[Any, Site, dict[str, Tensor]], dict[str, Any]] | None = None
+    common: Mapping[str, str] = field(default_factory=dict)
+    gather: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    sized: Callable[[dict[str, Tensor], int, int], dict[str, Tensor]] | None = None

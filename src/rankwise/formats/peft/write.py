@@ -18,7 +18,7 @@ from rankwise.adapter import Dropout, Placement
 from rankwise.attachment import Adapter
 from rankwise.candidates import base_modules
 from rankwise.errors import ConversionError
-from rankwise.formats.peft.config import CONFIG, VERSION
+from rankwise.formats.peft.config import CONFIG, DROPOUTS, VERSION
 from rankwise.formats.peft.layout import METHODS, Place, check, layer_of, places, theirs
 from rankwise.formats.report import ExportReport
 from rankwise.host import host_of
@@ -69,6 +69,14 @@ class _Draft:
         self.add(place.path, theirs(kind, place, module, factors))
         self.targets.append(place.key)
         return place
+
+    def share(self, p: Placement, factors: Mapping[str, Tensor]) -> None:
+        """Factors that all layers have in common."""
+        for name, value in factors.items():
+            held = self.tensors.setdefault(f"base_model.{METHODS[self.kind or ''].common[name]}", value.contiguous())
+            if not torch.equal(held, value):
+                why = f"it has one {name} for all layers, and here layers of unlike shapes have their own"
+                raise _refuse(p, f"{why} (VeRA takes widths=(most outputs, most inputs) for that)")
 
     def spread(self, key: str, values: Mapping[str, Any], patterns: str | None = None) -> None:
         """A setting of every site: the commonest value, and patterns for the others."""
@@ -208,9 +216,13 @@ _PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 def _plain(d: _Draft, placements: list[Placement]) -> None:
     """A method whose table entry says all."""
     said: dict[str, dict[str, Any]] = {}
+    method = METHODS[d.kind or ""]
+    most = max(p.site.rows for p in placements), max(p.site.cols for p in placements)
     for p in placements:
-        settings, f = METHODS[d.kind or ""].settings, d.factors(p)
-        found = settings(p.structure, p.site, f) if settings else {}
+        f = d.factors(p)
+        found = method.settings(p.structure, p.site, f) if method.settings else {}
+        common = {k: f.pop(k) for k in method.common}
+        d.share(p, method.sized(common, *most) if method.sized else common)
         said[d.put(p, f).key] = found
     for name in {name: None for found in said.values() for name in found}:
         d.spread(name, {key: found[name] for key, found in said.items()}, _PATTERNS.get(name))
@@ -334,7 +346,7 @@ def _config(d: _Draft) -> dict[str, Any]:
     if any(type(d.modules[t]).__name__ == "Conv1D" for t in targets):
         d.settings["fan_in_fan_out"] = True
     p = d.adapter.recipe.dropout
-    key = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout"}.get(d.kind or "")
+    key = DROPOUTS.get(d.kind or "")
     if key and not parameters and not isinstance(p, Dropout):
         d.settings[key] = p
     elif p:
