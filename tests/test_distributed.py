@@ -23,13 +23,14 @@ from rankwise.hf.deferred import deferred_logits
 from tiny_models import llama, shake, tokens
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo")
-METHODS = ("lora", "dora", "scaled_adamw", "altlora", "share_lora")
+METHODS = ("lora", "dora", "scaled_adamw", "altlora", "share_lora", "vblora")
+OPTIONS = {"vblora": {"vectors": 8, "length": 8}}
 
 
 def adapted(method: str, **axes: Any) -> tuple[Any, rw.Adapter]:
     torch.manual_seed(4)
     model = llama()
-    adapter = rw.attach(model, rw.recipe(method, rank=4, **axes))
+    adapter = rw.attach(model, rw.recipe(method, rank=4, **OPTIONS.get(method, {}), **axes))
     shake(adapter, 0.05)
     return model.train(), adapter
 

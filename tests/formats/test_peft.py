@@ -255,8 +255,7 @@ def drawn_again(source, target):
     g = torch.Generator().manual_seed(5)
     found = load_file(file)
     for name, value in found.items():
-        kept = ("base_layer.weight", "randlora_A", "randlora_B", "topk_weights", "unilora_scales")
-        if any(mark in name for mark in kept) or not value.is_floating_point():
+        if any(mark in name for mark in ("base_layer.weight", "randlora_A", "randlora_B")):
             continue
         noise = torch.randn(value.shape, generator=g)
         found[name] = value * (1 + 0.2 * noise) if "magnitude" in name else value + 0.2 * noise

@@ -66,7 +66,7 @@ def hashed(key, first, size):
         return h ^ (h >> np.uint32(16))
 
     place, key = np.arange(first, first + size, dtype=np.uint32), np.uint32(key)
-    return mix(mix(place ^ key) + key) / 2.0**31 - 1
+    return (mix(mix(place ^ key) + key) >> np.uint32(8)) / 2.0**23 - 1
 
 
 def mixtures(w, f, o):

@@ -89,7 +89,7 @@ class UniLoRA(Unscaled, Begun):
         }
 
     def begin(self, site: Site, weight: Callable[[], Tensor], drawn: Factors) -> Factors:
-        found = {k: torch.randint_like(drawn[k], self.size).long() for k in ("index_a", "index_b")}
+        found = {k: torch.randint(self.size, drawn[k].shape, device=drawn[k].device) for k in ("index_a", "index_b")}
         for index in found.values():  # the count is one tensor of all sites, and each adds its own
             where = index.flatten(-2).to(drawn["count"].device)
             drawn["count"].scatter_add_(-1, where, torch.ones_like(where, dtype=drawn["count"].dtype))
@@ -136,7 +136,7 @@ class NOLA(Ranked, Additive, Begun):
         }
 
     def begin(self, site: Site, weight: Callable[[], Tensor], drawn: Factors) -> Factors:
-        return {"key": torch.randint_like(drawn["key"], KEYS).long()}
+        return {"key": torch.randint(KEYS, drawn["key"].shape, device=drawn["key"].device)}
 
     def operator(self, f: Factors) -> LinearOperator:
         (rows, cols), r, key = f["span"].shape[-2:], self.rank, f["key"]
@@ -177,7 +177,7 @@ def uniform(key: Tensor, first: int, count: int, size: int, dtype: torch.dtype) 
     """
     place = torch.arange(first * size, (first + count) * size, device=key.device).unflatten(0, (count, size))
     key = key.unsqueeze(-1)
-    return _mixed(_mixed(place ^ key) + key & MASK).to(dtype) / 2**31 - 1
+    return (_mixed(_mixed(place ^ key) + key & MASK) >> 8).to(dtype) / 2**23 - 1  # 24 bits: exact in float32
 
 
 def _mixed(h: Tensor) -> Tensor:
