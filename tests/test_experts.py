@@ -33,8 +33,10 @@ from rankwise import structures
 from rankwise.experts import is_experts
 from rankwise.host import host_of
 from rankwise.structures import (
+    NOLA,
     OFT,
     Anchored,
+    BSLoRA,
     Chain,
     Core,
     Delta,
@@ -46,13 +48,20 @@ from rankwise.structures import (
     LoRA,
     LoRAFA,
     Magnitude,
+    RandLoRA,
+    RaSA,
     Replace,
     Rows,
+    ShareLoRA,
     Stack,
     Structure,
     SVDForm,
     Switched,
+    TiedLoRA,
     TokenRows,
+    UniLoRA,
+    VBLoRA,
+    VeRA,
 )
 from rankwise.testing import randomise
 from rankwise.testing.compare import Comparison
@@ -82,7 +91,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 LEAVES = (
     *(LoRA(4), SVDForm(3), LoKr(4), LoHa(2), HiRA(4), OFT(4), Replace()),
-    *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3)),
+    *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3), ShareLoRA(3), TiedLoRA(3), VeRA(3, widths=(96, 96))),
+    *(RaSA(3), BSLoRA(1, 2, 1), VBLoRA(2, 5, 4), RandLoRA(5), UniLoRA(2, 9), NOLA(2, bases=3)),
 )
 WRAPPED = (
     Magnitude(LoRA(4)),
