@@ -24,22 +24,11 @@ import torch
 DATA = Path(__file__).parents[2] / "shared" / "data"
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "down_proj", "up_proj")
 SPECIALS = ("<unk>", "<s>", "</s>")
-# plans whose defaults are for runs of thousands of steps
-SHORT = {
-    "adalora": "steps=200",
-    "apollo": "rank=16, every=50",
-    "cola_chain": "every=60",
-    "delta_lora": "start=50",
-    "fira": "rank=16, every=50",
-    "flora_opt": "rank=16, every=50",
-    "galore": "rank=16, every=50",
-    "apollo_mini": "every=50",
-    "periodic_lora": "every=50",
-    "reflora": "warmup=10",
-    "reflora_s": "warmup=10",
-    "relora": "every=60",
-    "xgblora": "every=20",
-}
+# plans whose defaults are for runs of thousands of steps: what counts steps, in tenths of a run
+SHORT = {"adalora": ("steps", 10), "delta_lora": ("start", 1), "reflora": ("warmup", 1), "reflora_s": ("warmup", 1)}
+SHORT |= dict.fromkeys(("cola_chain", "periodic_lora", "relora"), ("every", 3))
+SHORT |= dict.fromkeys(("xgblora", "apollo_mini"), ("every", 1))
+NARROW = dict.fromkeys(("apollo", "fira", "flora_opt", "galore"), ("every", 1))  # of rank 128, in a model of width 64
 
 
 def halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -179,7 +168,10 @@ def main(folder: Path, steps: tuple[int, int], finalists: int) -> None:
             say(f"{name}  {row.method:16} {row.run.lr:8.2g}  {row.verdict or row.word}")
         return made
 
-    methods = [f"{name}({SHORT[name]})" if name in SHORT else name for name in catalogue() if name != REFERENCE]
+    tenth = steps[0] // 10
+    said = {name: f"({key}={count * tenth})" for name, (key, count) in SHORT.items()}
+    said |= {name: f"({key}={count * tenth}, rank=16)" for name, (key, count) in NARROW.items()}
+    methods = [name + said.get(name, "") for name in catalogue() if name != REFERENCE]
     screened = run("screen", str(small), "shakespeare", methods, 2, steps[0], 4.0)
     best = [row.method for row in screened.rows if row.method in methods and row.verdict][:finalists]
     say(f"finals: {', '.join(best)}, {REFERENCE}, {AGAIN}, full")

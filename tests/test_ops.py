@@ -2,12 +2,24 @@
 
 import inspect
 from collections.abc import Callable
+from itertools import combinations
 
 import pytest
 import torch
 
 from rankwise import ops
-from rankwise.ops import BlockDiagonal, Dense, Diagonal, Hadamard, Kronecker, LinearOperator, Product, Scaled, Sum
+from rankwise.ops import (
+    BlockDiagonal,
+    Circuit,
+    Dense,
+    Diagonal,
+    Hadamard,
+    Kronecker,
+    LinearOperator,
+    Product,
+    Scaled,
+    Sum,
+)
 from rankwise.ops.operator import Cost, leaves, with_leaves
 from rankwise.testing.compare import Comparison
 
@@ -56,6 +68,12 @@ def low(batch: Batch, m: int, r: int, n: int) -> Product:
     return Product(d(batch, m, r), d(batch, r, n))
 
 
+def circuit(batch: Batch, modes: tuple[int, ...], shape: tuple[int, int]) -> Circuit:
+    axes = list(combinations(range(len(modes)), 2))
+    sizes = [modes[i] * modes[j] for i, j in axes]
+    return Circuit([torch.randn(*batch, p, p, dtype=torch.float64) for p in sizes], axes, modes, shape)
+
+
 OPERATORS: dict[str, Callable[[Batch], LinearOperator]] = {
     "dense": lambda b: d(b, 4, 7),
     "diagonal": lambda b: diagonal(b, 6),
@@ -75,6 +93,8 @@ OPERATORS: dict[str, Callable[[Batch], LinearOperator]] = {
     "hadamard": lambda b: Hadamard(low(b, 6, 2, 5), low(b, 6, 3, 5)),
     "hadamard with dense": lambda b: Hadamard(low(b, 6, 2, 5), d(b, 6, 5)),
     "product of rotations": lambda b: Product(blocks(b, 3, 2), blocks(b, 2, 3)),
+    "circuit": lambda b: circuit(b, (2, 3, 2), (12, 12)),
+    "padded circuit": lambda b: circuit(b, (2, 2, 3), (7, 11)),
 }
 LOW = {
     "product",

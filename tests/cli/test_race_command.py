@@ -59,6 +59,23 @@ def test_an_entry_says_everything_and_is_not_made_twice(run, trained, tmp_path):
     assert len(trained) == 2
 
 
+def test_the_base_is_measured_once(run, tmp_path, monkeypatch):
+    """Its scores depend on the data that is held back, not on rate or method."""
+    from rankwise.hf import finetune as bridge
+
+    seen, real = [], bridge.scored
+    monkeypatch.setattr(bridge, "scored", lambda *args: seen.append(1) or real(*args))
+    ledger = Ledger(tmp_path / "l.jsonl")
+    one = ledger.done(run)
+    assert len(seen) == 2  # before and after
+    two = ledger.done(replace(run, lr=1e-3, method="dora"))
+    assert len(seen) == 3 and two.scores["before"] == one.scores["before"] and two.loss != one.loss
+    other = ledger.done(replace(run, seed=1))  # another share is held back
+    assert len(seen) == 5 and other.scores["before"] != one.scores["before"]
+    fresh = Ledger(tmp_path / "fresh.jsonl").done(replace(run, lr=1e-3, method="dora"))
+    assert outcome(fresh) == outcome(two)
+
+
 def test_a_run_that_fails_is_an_entry_too(run, trained, tmp_path):
     ledger = Ledger(tmp_path / "l.jsonl")
     entry = ledger.done(replace(run, lr=1e30))

@@ -86,14 +86,14 @@ REFERENCES = {
     ),
     "tied_lora": Reference(
         four, lambda m, n, o: o["rank"] * (m + n) + o["rank"] + m,
-        "Renduchintala et al. 2023, arXiv 2311.09578, eq. 2", {"rank": 3}, ({"rank": 3, "alpha": 6.0},),
+        "Renduchintala et al. 2023, arXiv 2311.09578", {"rank": 3}, ({"rank": 3, "alpha": 6.0},),
     ),
     "vera": Reference(
         four, lambda m, n, o: o["rank"] + m, "Kopiczko et al. 2023, arXiv 2310.11454, eq. 2", {"rank": 5},
         ({"rank": 40}, {"rank": 5, "widths": (40, 33)}),
     ),
     "rasa": Reference(
-        rasa, lambda m, n, o: o["rank"] * (m + n + 1), "He et al. 2025, arXiv 2503.12576, eq. 2", {"rank": 4},
+        rasa, lambda m, n, o: o["rank"] * (m + n + 1), "He et al. 2025, arXiv 2503.12576", {"rank": 4},
         ({"rank": 4, "given": 3, "alpha": 6.0},),
     ),
     "bslora": Reference(
@@ -104,15 +104,15 @@ REFERENCES = {
     ),
     "vblora": Reference(
         bank, lambda m, n, o: o["vectors"] * (o["length"] + o["rank"] * (m + n) // o["length"]),
-        "Li et al. 2024, arXiv 2405.15179, eq. 2 to 4", {"rank": 3, "vectors": 6, "length": 8},
+        "Li et al. 2024, arXiv 2405.15179, by PEFT 0.21.2", {"rank": 3, "vectors": 6, "length": 8},
         ({"rank": 2, "vectors": 5, "length": 4, "topk": 3},),
     ),
     "randlora": Reference(
         bases, lambda m, n, o: -(-min(m, n) // o["rank"]) * (o["rank"] + min(m, n)),
-        "Albert et al. 2025, arXiv 2502.00987, eq. 3", {"rank": 5}, ({"rank": 16, "alpha": 8.0},),
+        "Albert et al. 2025, arXiv 2502.00987", {"rank": 5}, ({"rank": 16, "alpha": 8.0},),
     ),
     "unilora": Reference(
-        projected, lambda m, n, o: o["size"], "Li et al. 2025, arXiv 2506.00799, sec. 3", {"rank": 3, "size": 11},
+        projected, lambda m, n, o: o["size"], "Li et al. 2025, arXiv 2506.00799", {"rank": 3, "size": 11},
         ({"rank": 1, "size": 100},),
     ),
     "nola": Reference(

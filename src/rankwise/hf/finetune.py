@@ -152,7 +152,13 @@ def prepare(run: Run, task: Task | None = None, listener: Listener = QUIET) -> P
 
 
 def finetune(
-    run: Run, *, task: Task | None = None, listener: Listener = QUIET, resume: bool = False, overwrite: bool = False
+    run: Run,
+    *,
+    task: Task | None = None,
+    listener: Listener = QUIET,
+    resume: bool = False,
+    overwrite: bool = False,
+    before: dict[str, Any] | None = None,
 ) -> Result:
     """Train an adapter and leave everything about it in ``run.out``.
 
@@ -162,6 +168,7 @@ def finetune(
         listener: told how it goes.
         resume: go on from the last checkpoint in ``run.out``.
         overwrite: replace a former run there.
+        before: the base's scores where another run has measured them, ``before`` and ``own_before`` of its result.
 
     Returns:
         What it came to.
@@ -184,10 +191,10 @@ def finetune(
         if prepared.processor is not None:
             prepared.processor.save_pretrained(out)
         listener.planned(prepared)
-        return _train(prepared, out, listener, resume)
+        return _train(prepared, out, listener, resume, before)
 
 
-def _train(prepared: Prepared, out: Path, listener: Listener, resume: bool) -> Result:
+def _train(prepared: Prepared, out: Path, listener: Listener, resume: bool, before: dict[str, Any] | None) -> Result:
     task, model, adapter = prepared.task, prepared.model, prepared.adapter
 
     def measured(when: str) -> dict[str, Any]:
@@ -197,7 +204,7 @@ def _train(prepared: Prepared, out: Path, listener: Listener, resume: bool) -> R
         return {key: scored(task, model, e, prepared.processor, batch) for key, e in told.items() if e is not None}
 
     with disabled(model):
-        scores = measured("before")
+        scores = measured("before") if before is None else dict(before)
     trainer = _trainer(prepared, out, listener)
     done = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if resume else None)
     adapter.save(out)
@@ -238,7 +245,7 @@ def _trainer(prepared: Prepared, out: Path, listener: Listener) -> Trainer:
         warmup_steps=0.03,  # below 1 a share of the steps
         logging_steps=1,
         save_steps=every,
-        eval_strategy="no" if held is None else "steps",
+        eval_strategy="no" if held is None or run.saves == 1 else "steps",  # at the end it is measured anyway
         eval_steps=every,
         seed=run.seed,
         include_num_input_tokens_seen="non_padding" if isinstance(task, TextTask) else "no",

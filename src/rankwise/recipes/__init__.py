@@ -4,7 +4,17 @@ The axes that every method shares (``sites``, ``dropout``, ``base``, ``lr``, ``r
 ``solver``, ``penalties``) pass through ``**axes`` to :class:`rankwise.Recipe`.
 """
 
-from rankwise.recipes import compositions, projected, ranking, regularised, sharing, solving, starts, structures
+from rankwise.recipes import (
+    compositions,
+    projected,
+    ranking,
+    regularised,
+    sharing,
+    solving,
+    starts,
+    structures,
+    tensors,
+)
 from rankwise.recipes.compositions import *  # noqa: F403
 from rankwise.recipes.projected import *  # noqa: F403
 from rankwise.recipes.ranking import *  # noqa: F403
@@ -13,10 +23,12 @@ from rankwise.recipes.sharing import *  # noqa: F403
 from rankwise.recipes.solving import *  # noqa: F403
 from rankwise.recipes.starts import *  # noqa: F403
 from rankwise.recipes.structures import *  # noqa: F403
+from rankwise.recipes.tensors import *  # noqa: F403
 
 __all__: list[str] = []
 __all__ += structures.__all__
 __all__ += sharing.__all__
+__all__ += tensors.__all__
 __all__ += starts.__all__
 __all__ += solving.__all__
 __all__ += projected.__all__

@@ -95,7 +95,7 @@ def rasa(rank: int = 16, alpha: float | None = None, given: int = 1, **axes: Any
         The recipe.
 
     References:
-        He et al. 2025, arXiv 2503.12576, eq. 2 and 3. Deviation: L is the number of the model's blocks, also where some
+        He et al. 2025, arXiv 2503.12576; the start of e as in its code. Deviation: L is the number of the model's blocks, also where some
         of them are left out of the sites.
     """
     structure = RaSA(rank, float(rank) if alpha is None else alpha, given)
@@ -153,7 +153,7 @@ def vblora(rank: int = 4, vectors: int = 256, length: int = 256, topk: int = 2, 
         The recipe.
 
     References:
-        Li et al. 2024, arXiv 2405.15179, eq. 2 to 4. Deviation: one learning rate for the bank and the logits, where
+        Li et al. 2024, arXiv 2405.15179, as in PEFT 0.21.2. Deviation: one learning rate for the bank and the logits, where
         the paper has 1e-3 and 1e-2; all logits are stored, not the top k alone.
     """
     structure = VBLoRA(rank, vectors, length, topk)
@@ -175,7 +175,7 @@ def randlora(rank: int = 32, alpha: float | None = None, **axes: Any) -> Recipe:
         The recipe.
 
     References:
-        Albert et al. 2025, arXiv 2502.00987, eq. 3. Deviation: B_i goes with L_i and G_i, as in the equation; the
+        Albert et al. 2025, arXiv 2502.00987. Deviation: B_i goes with L_i and G_i, as in the paper's formula; the
         authors' code and PEFT pair the columns of all B_i with the rows of A in another order. Layers of unlike shapes
         have bases of their own.
     """
@@ -198,7 +198,7 @@ def unilora(rank: int = 4, size: int = 4096, **axes: Any) -> Recipe:
         The recipe.
 
     References:
-        Li et al. 2025, arXiv 2506.00799, sec. 3. Deviation: an entry that no number drew is not trained, and the map an
+        Li et al. 2025, arXiv 2506.00799. Deviation: an entry that no number drew is not trained, and the map an
         isometry on the others; the choices are stored (8 bytes a number of A and B), not drawn again from a seed.
     """
     return point(axes, "unilora", 1e-2, UniLoRA(rank, size), "Li et al. 2025, arXiv 2506.00799")

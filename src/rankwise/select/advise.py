@@ -23,6 +23,7 @@ LEAST = 20  # steps: below, no rate can be told from another
 RATES, FACTOR, SHARE, LAST = 5, 3.0, 0.25, 3  # rates tried on short runs, their ratio, how short; rates on whole runs
 LOOKS = (3, 5, 8)  # numbers of pairs at which a challenger may be called better; fixed, so that its error is divided
 _FURTHER = 2  # rates beyond an end of either range
+_LOWER = 2  # rates below the tuned one, where it diverges on a seed that counts
 _TUNE = SHARE * (RATES + _FURTHER) + LAST + _FURTHER + 2  # what tuning one arm costs at most, in whole runs
 
 
@@ -125,7 +126,7 @@ class _Bench:
     """Runs trials and keeps the account."""
 
     def __init__(self, trial: Trial, say: Callable[[str], None]) -> None:
-        self.trial, self.say, self.spent, self.gain = trial, say, 0.0, 0.0
+        self.trial, self.say, self.spent, self.gain, self.diverged = trial, say, 0.0, 0.0, False
 
     def loss(self, arm: Arm, seed: int, worth: float, lr: float) -> float:
         """The loss that is kept of a run worth so many steps of LoRA."""
@@ -133,6 +134,7 @@ class _Bench:
         self.spent += worth
         self.say(f"{arm.name}, rate {lr:.2g}, seed {seed}: {found.before:.4f} -> {found.after:.4f}")
         self.gain = max(self.gain, found.before - found.kept)
+        self.diverged = not found.after < found.before
         return found.kept
 
     def tuned(self, arm: Arm, seed: int, worth: float) -> float:
@@ -166,6 +168,23 @@ class _Bench:
             further = best * (ratio if best == max(losses) else 1 / ratio)
             losses[further] = self.loss(arm, seed, worth, further)
         return losses
+
+    def extended(self, standing: Standing, seed: int, worth: float) -> Standing:
+        """One more run that counts.
+
+        A rate at which one of them made the base worse is no rate to use: the next lower one takes its place, on the
+        same seeds, twice at most.
+        """
+        found, count = standing, len(standing.losses) + 1
+        for lr in (standing.lr / FACTOR ** (i / 2) for i in range(1 + _LOWER)):
+            losses = list(standing.losses) if lr == standing.lr else []
+            found, self.diverged = replace(standing, lr=lr, losses=losses), False
+            while len(losses) < count and not self.diverged:
+                losses.append(self.loss(standing.arm, seed + 2 + len(losses), worth, lr))
+            if not self.diverged:
+                return found
+        losses = [*standing.losses, self.loss(standing.arm, seed + 2 + len(standing.losses), worth, standing.lr)]
+        return replace(standing, losses=losses)
 
     def defended(self, own: Standing, seed: int, worth: float) -> Standing:
         """LoRA at the best of its rate and the two beside it, on the runs that count: luck chose its rate too."""
@@ -264,8 +283,8 @@ def advise(
 
     while not winners and pair < LOOKS[-1] and (alive or pair < 2) and affordable():
         pair += 1
-        for standing in (own, *alive):
-            standing.losses.append(bench.loss(standing.arm, seed + 1 + pair, worth, standing.lr))
+        own, *alive = (bench.extended(standing, seed, worth) for standing in (own, *alive))
+        others = [next((s for s in alive if s.arm is old.arm), old) for old in others]
         if alive and bench.gain > 0 and (pair in LOOKS or (pair > 1 and not affordable())):
             looked = _look(own, others, bench.gain, margin, level)
             if any(map(_better, looked)):

@@ -40,6 +40,7 @@ __all__ = ["Entry", "Ledger", "Measure", "code", "digest", "key_of"]
 Measure = Callable[[Prepared], float]  # of a trained adapter, beside the scores of the run
 _PACKAGE = Path(__file__).parents[1]
 _WEIGHTLESS = {"cli", "select"}  # packages that decide which run is made, not what comes of it
+_BASE = ("before", "own_before")  # scores that no training changes
 _POINTS = 100  # of the training curve that a line keeps
 
 
@@ -108,6 +109,7 @@ class Ledger:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._before: dict[str, dict[str, Any]] = {}  # the base's scores, by what decides them
 
     def entries(self) -> dict[str, Entry]:
         """The runs by key. A line that was torn by a crash is passed over with a warning."""
@@ -167,7 +169,9 @@ class Ledger:
         resumed = folder.is_dir() and get_last_checkpoint(str(folder)) is not None
         blank = Entry(key, settings, code(), encode(recipe), _digests(run), run.seed, float(run.lr), resumed=resumed)
         try:
-            entry = _made(blank, run, measures or {}, listener)
+            base = _key_of_base(run)
+            entry = _made(blank, run, measures or {}, listener, self._before.get(base))
+            self._before[base] = {name: entry.scores[name] for name in _BASE if name in entry.scores}
         except TrainingError as error:
             entry = replace(blank, error=str(error))
         entry = replace(entry, at=datetime.now(UTC).isoformat(timespec="seconds"))
@@ -176,9 +180,11 @@ class Ledger:
         return entry
 
 
-def _made(blank: Entry, run: Run, measures: Mapping[str, Measure], listener: Listener) -> Entry:
+def _made(
+    blank: Entry, run: Run, measures: Mapping[str, Measure], listener: Listener, before: dict[str, Any] | None
+) -> Entry:
     with redirect_stderr(StringIO()):  # what one run says of itself is too much of many; its line holds the rest
-        result = finetune(run, listener=listener, resume=True)
+        result = finetune(run, listener=listener, resume=True, before=before)
     folder, found = Path(run.out), {}
     for name, measure in measures.items():
         prepared = prepare(run)
@@ -187,7 +193,8 @@ def _made(blank: Entry, run: Run, measures: Mapping[str, Measure], listener: Lis
     rows = [json.loads(line) for line in (folder / checkpoint.METRICS).read_text().splitlines()]
     learnt, held = ([[r["step"], r[k]] for r in rows if k in r] for k in ("loss", "eval_loss"))
     thinned = learnt[:: math.ceil(len(learnt) / _POINTS)]
-    when = ("before", "after", "own_before", "own_after")
+    held = held or ([[result.steps, result.after["loss"]]] if result.after else [])
+    when = (*_BASE, "after", "own_after")
     return replace(
         blank,
         steps=result.steps,
@@ -209,6 +216,12 @@ def key_of(run: Run, measures: tuple[str, ...] = ()) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     said = {"code": code(), "device": device, "recipe": encode(recipe_of(run)), "run": settings, "measures": measures}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _key_of_base(run: Run) -> str:
+    """What decides the base's own scores: the data that is held back, how it is read, a new head's start; no method."""
+    how = (run.task, run.max_length, run.pack, run.dtype, run.base, run.batch, run.validation, run.labels, run.seed)
+    return json.dumps([_digests(run), how])
 
 
 @functools.cache
