@@ -55,6 +55,7 @@ from rankwise.structures import (
     LoTR,
     Magnitude,
     MetaTT,
+    PVeRA,
     QuanTA,
     RandLoRA,
     RaSA,
@@ -175,7 +176,7 @@ def test_every_structure_is_here():
     kinds = {getattr(structures, name) for name in structures.__all__}
     whole = {k for k in kinds if isinstance(k, type) and issubclass(k, Structure) and not k.__abstractmethods__}
     of_convolutions = {k for k in whole if "not_mergeable" in k.traits}
-    assert whole - {TokenRows} - of_convolutions == {type(s) for s in ALL}
+    assert whole - {TokenRows, PVeRA} - of_convolutions == {type(s) for s in ALL}
 
 
 @pytest.mark.usefixtures("anywhere")

@@ -10,7 +10,7 @@ from torch import nn
 
 import rankwise as rw
 from rankwise.errors import IncompatibleAxes, RankError
-from rankwise.structures import NOLA, BSLoRA, RandLoRA, RaSA, UniLoRA, VBLoRA, VeRA
+from rankwise.structures import NOLA, BSLoRA, LoRA, Magnitude, PVeRA, RandLoRA, RaSA, UniLoRA, VBLoRA, VeRA
 from tiny_models import llama, shake, tokens
 
 SITES = rw.Sites(targets=("q_proj", "k_proj", "v_proj", "o_proj"))  # 32 x 32 and 16 x 32, of two blocks
@@ -101,6 +101,7 @@ def test_copies_and_pickles_keep_it_shared():
 
 # of tiny_models.llama's attention: q, o 32 x 32 and k, v 16 x 32, two blocks; r = 4
 FORMULAS = {
+    "pvera": 8 * 2 * 4 + 4 * (32 + 16),
     "vera": 8 * 4 + 4 * (32 + 16),
     "rasa": 4 * (64 + 48) * 4 + 8 * (4 - 1 + 2),
     "bslora": 4 * 4 * (64 + 48) + (2 * 2 + 3) * 64,
@@ -113,7 +114,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_the_size_of_the_whole_model_is_the_papers(name):
-    _, adapter = adapted(name, **OPTIONS[name])
+    _, adapter = adapted(name, **OPTIONS.get(name, {}))
     assert sum(p.numel() for p in adapter.parameters()) == FORMULAS[name]
     assert rw.targets(llama(), adapter.recipe).parameters == FORMULAS[name]
 
@@ -171,6 +172,33 @@ def test_layers_of_all_widths_slice_one_pair():
     adapter = rw.attach(model, rw.recipe("vera", rank=50, widths=(64, 64), sites=rw.Sites(("attention", "mlp"))))
     assert len({id(f["a"]) for f in adapter.values()}) == 1 == len({id(f["b"]) for f in adapter.values()})
     assert torch.equal(model(tokens()).logits, llama()(tokens()).logits)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, Magnitude])
+def test_a_drawn_latent_vector_has_its_mean_and_variance(wrap):
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5).double()
+    model = nn.Sequential(layer).eval()
+    adapter = rw.attach(model, rw.Recipe(wrap(PVeRA(3, None))))
+    shake(adapter, 0.5)
+    x = torch.randn(6, dtype=torch.float64)
+    f, whole = adapter["0"], adapter.sites["0"].structure.weight(adapter["0"], layer.weight)
+    want, many = whole @ x + layer.bias, model.train()(x.expand(20000, 6))
+    inner = layer.weight + f["v"][:, None] * (f["b"] @ torch.diag(f["u"][:3]) @ f["a"][:3])
+    scale = f["magnitude"] / inner.norm(dim=1) if "magnitude" in f else torch.ones(5)
+    deviation = torch.diag((f["u"][3:] * (f["a"][3:] @ x) / 2).exp())
+    std = scale.abs() * (f["v"][:, None] * (f["b"] @ deviation)).norm(dim=1)
+    torch.testing.assert_close(many.std(0), std, rtol=0.03, atol=0)
+    assert ((many.mean(0) - want).abs() < 5 * std / 20000**0.5).all()
+    torch.testing.assert_close(model.eval()(x), want)
+
+
+def test_where_nothing_can_be_drawn():
+    with pytest.raises(IncompatibleAxes, match="Take VeRA there"):
+        rw.attach(nn.Sequential(nn.Conv1d(4, 4, 1)), rw.Recipe(PVeRA(2), sites=rw.Sites("0")))
+    for make in (lambda: rw.structures.Stack(LoRA(2), PVeRA(2)), lambda: rw.structures.Rows(PVeRA(2), (("q", 0, 2),))):
+        with pytest.raises(IncompatibleAxes, match="drawn while training"):
+            make()
 
 
 def test_ranks_are_pooled_by_name():

@@ -19,6 +19,7 @@ from rankwise.errors import IncompatibleAxes
 from rankwise.host import ParameterHost, Site
 from rankwise.structures import Factor, Structure
 from rankwise.structures.adversary import Adversary
+from rankwise.structures.structure import SAMPLED
 
 # which dim of a factor (by its dims) a dropout masks; "" is the whole factor
 _MASKED: dict[str, dict[tuple[str, ...], str]] = {
@@ -124,6 +125,8 @@ class SiteFactors(nn.Module):
             return f
         if masked and isinstance(self.dropout, Dropout):
             f = self.dropout(f, self.described)
+        if "samples" in structure.traits:
+            return {**f, SAMPLED: torch.ones(())}
         return structure.joined(f, self.site) if isinstance(structure, Adversary) else f
 
     @property

@@ -36,6 +36,7 @@ from rankwise.structures import (
     Magnitude,
     MetaTT,
     PatchOFT,
+    PVeRA,
     QuanTA,
     RandLoRA,
     RaSA,
@@ -133,7 +134,8 @@ TOKENS: tuple[Structure, ...] = (
 )
 ACROSS: tuple[Structure, ...] = (CrossGroup(6), CrossGroup(8, None), Stack(OFT(4), CrossGroup(6, 3.0, "alpha/sqrt(r)")))
 PATCHES: tuple[Structure, ...] = (PatchOFT(4), PatchOFT(3, terms=5), Stack(Replace(), PatchOFT(4)))
-STRUCTURES = (*LEAVES, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES)
+SAMPLED: tuple[Structure, ...] = (PVeRA(3), PVeRA(3, widths=(40, 40)), Magnitude(PVeRA(2)))
+STRUCTURES = (*LEAVES, *SAMPLED, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES)
 
 
 def normal(*shape: int) -> Callable[[int], Tensor]:
@@ -244,7 +246,7 @@ def refusal(structure: Structure, layer: Layer) -> str | None:
 
 def possible(structure: Structure, layer: Layer) -> bool:
     """Token rows need a vocabulary, row parts a matrix whose rows are output units; some need a convolution."""
-    if structure in LEAVES and refusal(structure, layer):
+    if structure in LEAVES + SAMPLED and refusal(structure, layer):
         return False
     if structure in ACROSS:
         g = groups(layer)

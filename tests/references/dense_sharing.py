@@ -10,6 +10,11 @@ def four(w, f, o):
     return w + s * np.diag(f["v"]) @ f["b"][:rows] @ np.diag(f["u"]) @ f["a"][:, :cols]
 
 
+def mean(w, f, o):
+    half = {**f, "a": f["a"][: o["rank"]], "u": f["u"][: o["rank"]]}
+    return four(w, half, o)
+
+
 def rasa(w, f, o):
     b, a = np.hstack([f["b"], f["b_s"]]), np.vstack([f["a"], f["a_s"]])
     return w + b @ np.diag(np.concatenate([f["e"], f["e_s"]])) @ a
@@ -91,6 +96,10 @@ REFERENCES = {
     "vera": Reference(
         four, lambda m, n, o: o["rank"] + m, "Kopiczko et al. 2023, arXiv 2310.11454, eq. 2", {"rank": 5},
         ({"rank": 40}, {"rank": 5, "widths": (40, 33)}),
+    ),
+    "pvera": Reference(
+        mean, lambda m, n, o: 2 * o["rank"] + m, "Fillioux et al. 2025, arXiv 2512.07703, its mean", {"rank": 5},
+        ({"rank": 4, "widths": (40, 33)},),
     ),
     "rasa": Reference(
         rasa, lambda m, n, o: o["rank"] * (m + n + 1), "He et al. 2025, arXiv 2503.12576", {"rank": 4},

@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 from rankwise._recipe import Recipe
 from rankwise.recipes.point import point
-from rankwise.structures import NOLA, BSLoRA, RandLoRA, RaSA, ShareLoRA, TiedLoRA, UniLoRA, VBLoRA, VeRA
+from rankwise.structures import NOLA, BSLoRA, PVeRA, RandLoRA, RaSA, ShareLoRA, TiedLoRA, UniLoRA, VBLoRA, VeRA
 
-__all__ = ["bslora", "nola", "randlora", "rasa", "share_lora", "tied_lora", "unilora", "vblora", "vera"]
+__all__ = ["bslora", "nola", "pvera", "randlora", "rasa", "share_lora", "tied_lora", "unilora", "vblora", "vera"]
 
 
 def share_lora(
@@ -78,6 +78,29 @@ def vera(rank: int = 256, start_u: float = 0.1, widths: tuple[int, int] | None =
     return point(axes, "vera", 2e-2, structure, "Kopiczko et al. 2023, arXiv 2310.11454")
 
 
+def pvera(rank: int = 256, start_u: float = 0.1, widths: tuple[int, int] | None = None, **axes: Any) -> Recipe:
+    """PVeRA: VeRA whose latent vector is drawn from a normal distribution while training, and is its mean afterwards.
+
+    Parameters per layer: 2 r + out. Law: identity at the start (v = 0), also while drawing; each layer exports as a
+    LoRA of rank r.
+
+    Args:
+        rank: r; may be above the layer's sides.
+        start_u: where u starts.
+        widths: as in VeRA.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+
+    References:
+        Fillioux et al. 2025, arXiv 2512.07703, as in PEFT 0.21.2. Deviation: linear layers alone; no divergence from a
+        prior in the loss; no drawing at inference.
+    """
+    structure = PVeRA(rank, None, start_u=start_u, widths=widths)
+    return point(axes, "pvera", 2e-2, structure, "Fillioux et al. 2025, arXiv 2512.07703")
+
+
 def rasa(rank: int = 16, alpha: float | None = None, given: int = 1, **axes: Any) -> Recipe:
     """RaSA: ``W + [B, B_s] diag(e, e_s) [A; A_s]``, to whose common part each of L layers gives k of its r ranks.
 
@@ -95,8 +118,8 @@ def rasa(rank: int = 16, alpha: float | None = None, given: int = 1, **axes: Any
         The recipe.
 
     References:
-        He et al. 2025, arXiv 2503.12576; the start of e as in its code. Deviation: L is the number of the model's blocks, also where some
-        of them are left out of the sites.
+        He et al. 2025, arXiv 2503.12576; the start of e as in its code. Deviation: L is the number of the model's
+        blocks, also where some of them are left out of the sites.
     """
     structure = RaSA(rank, float(rank) if alpha is None else alpha, given)
     return point(axes, "rasa", 2e-3, structure, "He et al. 2025, arXiv 2503.12576")
@@ -153,8 +176,8 @@ def vblora(rank: int = 4, vectors: int = 256, length: int = 256, topk: int = 2, 
         The recipe.
 
     References:
-        Li et al. 2024, arXiv 2405.15179, as in PEFT 0.21.2. Deviation: one learning rate for the bank and the logits, where
-        the paper has 1e-3 and 1e-2; all logits are stored, not the top k alone.
+        Li et al. 2024, arXiv 2405.15179, as in PEFT 0.21.2. Deviation: one learning rate for the bank and the logits,
+        where the paper has 1e-3 and 1e-2; all logits are stored, not the top k alone.
     """
     structure = VBLoRA(rank, vectors, length, topk)
     return point(axes, "vblora", 5e-3, structure, "Li et al. 2024, arXiv 2405.15179")
@@ -222,8 +245,9 @@ def nola(rank: int = 8, bases: int = 1024, alpha: float | None = None, **axes: A
     References:
         Koohpayegani et al. 2023, arXiv 2310.02556; distributions and start as in its code for LLaMA-2: bases uniform in
         +-1 / sqrt(k), A_0 in +-1 / sqrt(in), u = v = 0. Deviation: the bases come from a hash of their place and a
-        stored key, in whole numbers, rather than from PyTorch's generator, which may change; making them takes longer
-        than the layer itself where k is large.
+        stored key, in whole numbers, rather than from PyTorch's generator, which may change. Stored, those of
+        LLaMA-2-7B's widths would be 1 GB beside 1.8 MB of u and v; made anew, they take longer than the layer itself
+        where k is large.
     """
     structure = NOLA(rank, float(rank) if alpha is None else alpha, bases=bases)
     return point(axes, "nola", 1e-2, structure, "Koohpayegani et al. 2023, arXiv 2310.02556")

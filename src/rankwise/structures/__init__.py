@@ -7,7 +7,7 @@ from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.lowrank import Core, Gated, InputSide, LoRA, LoRAFA, SVDForm, Switched
 from rankwise.structures.products import HiRA, LoHa, LoKr
 from rankwise.structures.rotations import OFT
-from rankwise.structures.shared import ShareLoRA, TiedLoRA, VeRA
+from rankwise.structures.shared import PVeRA, ShareLoRA, TiedLoRA, VeRA
 from rankwise.structures.structure import Added, Additive, Begun, Factor, Factors, Gate, Rotation, Start, Structure
 from rankwise.structures.tensors import LoRETTA, QuanTA, TTLoRA
 from rankwise.structures.tensors_across import CaRA, FacTTK, FacTTT, LoRTA, LoTR, MetaTT
@@ -17,7 +17,7 @@ from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 __all__ = [
     "NOLA", "OFT", "Added", "Additive", "Anchored", "BSLoRA", "Begun", "CaRA", "Chain", "Core", "CrossGroup", "Delta",
     "FacTTK", "FacTTT", "Factor", "Factors", "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA",
-    "LoRETTA", "LoRTA", "LoTR", "Magnitude", "MetaTT", "PatchOFT", "QuanTA", "RaSA", "RandLoRA", "Replace", "Rotation",
-    "Rows", "SVDForm", "ShareLoRA", "Stack", "Start", "Structure", "Switched", "TTLoRA", "TiedLoRA", "TokenRows",
-    "UniLoRA", "VBLoRA", "VeRA",
+    "LoRETTA", "LoRTA", "LoTR", "Magnitude", "MetaTT", "PVeRA", "PatchOFT", "QuanTA", "RaSA", "RandLoRA", "Replace",
+    "Rotation", "Rows", "SVDForm", "ShareLoRA", "Stack", "Start", "Structure", "Switched", "TTLoRA", "TiedLoRA",
+    "TokenRows", "UniLoRA", "VBLoRA", "VeRA",
 ]  # fmt: skip

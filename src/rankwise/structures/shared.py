@@ -7,11 +7,15 @@ shape and label. b (out, rank), a (rank, in), u (rank,), v (out,).
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
+import torch
+from torch import Tensor
+
 from rankwise.errors import IncompatibleAxes
-from rankwise.host import Site
+from rankwise.host import Correction, Host, Site
+from rankwise.host.site import flat_tokens
 from rankwise.ops import Dense, Diagonal, LinearOperator, Product
 from rankwise.structures.lowrank import Ranked
-from rankwise.structures.structure import Additive, Factor, Factors, Start, check_rank
+from rankwise.structures.structure import SAMPLED, Additive, Factor, Factors, Leaf, Start, check_rank
 
 _SIDES = {"a": ("a",), "b": ("b",), "both": ("a", "b")}
 
@@ -109,6 +113,59 @@ class VeRA(Weighted):
         both = {k: Factor(dims, Start.RANDOM, trainable=False, shared=f"{site.kind}s") for k, dims in pair.items()}
         # without entries: its shape tells the operator how many columns the layer has
         return {**both, **own, "span": Factor({"none": 0, "in": site.cols}, trainable=False)}
+
+
+@final
+@dataclass(frozen=True)
+class PVeRA(Ranked, Leaf):
+    """VeRA whose latent vector is drawn while training: ``W x + diag(v) B z`` (Fillioux et al. 2025, arXiv 2512.07703).
+
+    z is normal with mean ``diag(u) A x`` and the exponential of ``diag(u') A' x`` as variance, A and A' the halves of
+    a, u and u' those of u. Afterwards, and in what is merged, z is its mean. Linear layers alone.
+
+    Attributes:
+        rank: r.
+        alpha: numerator of a scale; None for a scale of 1, as in the paper.
+        scale_rule: as in LoRA.
+        start_u: where u starts.
+        widths: as in VeRA.
+    """
+
+    start_u: float = 0.1
+    widths: tuple[int, int] | None = None
+
+    traits = frozenset({"random_start", "drops", "samples"})
+
+    def factors(self, site: Site) -> dict[str, Factor]:
+        if site.kind != "linear":
+            raise IncompatibleAxes(
+                f"PVeRA draws between its two matrices, for each token that a linear layer reads; {site.name} is of "
+                f"kind {site.kind}. Take VeRA there."
+            )
+        found = VeRA(self.rank, None, start_u=self.start_u, widths=self.widths).factors(site)
+        twice = {k: replace(found[k], dims={**found[k].dims, "rank": 2 * self.rank}) for k in ("a", "u")}
+        return {**found, **twice}
+
+    def correction(self, f: Factors, host: Host) -> Correction | None:
+        return None if SAMPLED in f else Correction(self._delta(f))
+
+    def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
+        correction = self.correction(f, host)
+        if correction is not None:
+            return host.plus(correction, x)
+        span, a = f.get("span"), f["a"]
+        a = a if span is None else a[..., : span.shape[-1]]
+        mean, log = host.mv(Product(Diagonal(f["u"]), Dense(a)), host.drop(x)).chunk(2, -1)
+        z = mean + torch.randn_like(mean) * (log / 2).exp()
+        b = f["v"].unsqueeze(-1) * f["b"][..., : f["v"].shape[-1], :] * self.scale
+        return host(x) + Dense(b).mv(flat_tokens(z)).reshape(*x.shape[:-1], b.shape[-2])
+
+    def weight(self, f: Factors, w: Tensor) -> Tensor:
+        return w + self._delta(f).dense()
+
+    def _delta(self, f: Factors) -> LinearOperator:
+        mean = {**f, "a": f["a"].chunk(2, -2)[0], "u": f["u"].chunk(2, -1)[0]}
+        return VeRA(self.rank, self.alpha, self.scale_rule).delta(mean)
 
 
 @final

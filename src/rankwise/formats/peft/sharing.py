@@ -12,17 +12,17 @@ from torch.nn.functional import pad
 
 from rankwise.formats.peft.method import Method
 from rankwise.host import Site
-from rankwise.structures import RandLoRA, UniLoRA, VBLoRA, VeRA
+from rankwise.structures import PVeRA, RandLoRA, UniLoRA, VBLoRA, VeRA
 
 _LAYERS = ("Linear", "Conv1D")
 
 
-def _vera(config: Mapping[str, Any], site: Site, f: dict[str, Tensor]) -> VeRA:
-    f["span"] = f["a"].new_zeros(0, site.cols)
-    return VeRA(config["r"], None, widths=(len(f["b"]), f["a"].shape[1]))
+def _vera(config: Mapping[str, Any], site: Site, f: dict[str, Tensor]) -> VeRA | PVeRA:
+    f["span"], cls = f["a"].new_zeros(0, site.cols), VeRA if config["peft_type"] == "VERA" else PVeRA
+    return cls(config["r"], None, widths=(len(f["b"]), f["a"].shape[1]))
 
 
-def _to_vera(s: VeRA, site: Site, f: dict[str, Tensor]) -> dict[str, Any]:
+def _to_vera(s: VeRA | PVeRA, site: Site, f: dict[str, Tensor]) -> dict[str, Any]:
     f.pop("span", None)
     f["v"] = f["v"] * s.scale
     return {"r": s.rank, "d_initial": s.start_u, "save_projection": True}
@@ -109,6 +109,15 @@ METHODS: dict[str, Method] = {
         build=_vera,
         settings=_to_vera,
         common={"a": "vera_A", "b": "vera_B"},
+        sized=_cut,
+    ),
+    "PVERA": Method(
+        PVeRA,
+        {"u": "pvera_lambda_d", "v": "pvera_lambda_b"},
+        _LAYERS,
+        build=_vera,
+        settings=_to_vera,
+        common={"a": "pvera_A", "b": "pvera_B"},
         sized=_cut,
     ),
     "RANDLORA": Method(
