@@ -17,6 +17,7 @@ from rankwise.structures import (
     C3A,
     HRA,
     IA3,
+    NOLA,
     OFT,
     PSOFT,
     SVFT,
@@ -24,6 +25,7 @@ from rankwise.structures import (
     Bat,
     BlockLoRA,
     BoRA,
+    BSLoRA,
     CaRA,
     Chain,
     Core,
@@ -55,7 +57,10 @@ from rankwise.structures import (
     MoRA,
     PatchOFT,
     PRoLoRA,
+    PVeRA,
     QuanTA,
+    RandLoRA,
+    RaSA,
     Replace,
     RoAd,
     Rows,
@@ -73,6 +78,8 @@ from rankwise.structures import (
     TokenRows,
     Truncated,
     TTLoRA,
+    UniLoRA,
+    VBLoRA,
     VeRA,
     WaveFT,
 )
@@ -113,6 +120,9 @@ LEAVES: tuple[Structure, ...] = (
     LowRankWeight(3),
     SparseLowRank(3, 6.0, 0.2),
     *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3)),
+    *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3), VeRA(20), VeRA(3, widths=(40, 40))),
+    *(RaSA(3), BSLoRA(1, 2, 1), BSLoRA(0, 1, 2, widths=(40, 40)), VBLoRA(2, 5, 4), RandLoRA(3), UniLoRA(2, 7)),
+    NOLA(2, bases=3),
     *(TTLoRA(2), TTLoRA(3, 2.0, 1, 2), LoRETTA(3, 2, 4.0), LoRETTA(2, 3, 2.0, 2, 1), QuanTA(3), QuanTA(2)),
     *(FacTTT(3), FacTTK(2, 2.0), LoTR(3, 6.0), LoRTA(3, heads=4), CaRA(2), CaRA(2, attention=("0", "mid"))),
     *(MetaTT(3), MetaTT(2, 2.0, heads=4), MetaTT(2, heads=3, tasks=2)),
@@ -210,6 +220,8 @@ ACROSS: tuple[Structure, ...] = (CrossGroup(6), CrossGroup(8, None), Stack(OFT(4
 PATCHES: tuple[Structure, ...] = (PatchOFT(4), PatchOFT(3, terms=5), Stack(Replace(), PatchOFT(4)))
 ACTIVATIONS: tuple[Structure, ...] = (LowRankActivation(3),)
 STRUCTURES = (*LEAVES, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES, *ACTIVATIONS)
+SAMPLED: tuple[Structure, ...] = (PVeRA(3), PVeRA(3, widths=(40, 40)), Magnitude(PVeRA(2)))
+STRUCTURES = (*LEAVES, *SAMPLED, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES)
 
 
 def normal(*shape: int) -> Callable[[int], Tensor]:
@@ -320,7 +332,7 @@ def refusal(structure: Structure, layer: Layer) -> str | None:
 
 def possible(structure: Structure, layer: Layer) -> bool:
     """Token rows need a vocabulary, row parts a matrix whose rows are output units; some need a convolution."""
-    if structure in LEAVES and refusal(structure, layer):
+    if structure in LEAVES + SAMPLED and refusal(structure, layer):
         return False
     if structure in ACROSS:
         g = groups(layer)

@@ -28,7 +28,7 @@ CASES += [(name, {**options}) for name, r in REFERENCES.items() for options in r
 def attached(name, options, shape):
     """An adapter on a float64 layer of this shape (out, in), trained factors moved at random; W; the options."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], bias=False)).double()
+    model = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], bias=False)).double().eval()
     w = model[0].weight.detach().clone()
     recipe = replace(rw.recipe(name, **options), init=rw.recipe("lora").init) if _free(name, options) else None
     adapter = rw.attach(model, recipe or rw.recipe(name, **options))
