@@ -101,8 +101,11 @@ def merges(s: Subject) -> str:
 
 def plain_rank(s: Subject) -> str:
     structure: Any = s.structure
+    if "not_mergeable" in structure.traits:
+        return "none"
     rank = structure.delta(s.factors).rank if hasattr(structure, "delta") else None
-    return f"exactly, of rank {rank}" if rank else "none: truncated SVD"
+    full = ", as large as the layer" if rank == s.site.cols else ""
+    return f"exactly, of rank {rank}{full}" if rank else "none: truncated SVD"
 
 
 def peft(s: Subject) -> str:
@@ -111,7 +114,7 @@ def peft(s: Subject) -> str:
         try:
             report = rw.export(s.adapter, folder)
         except ConversionError:
-            return "no: merge it"
+            return "no" if "not_mergeable" in s.structure.traits else "no: merge it"
         config = json.loads((Path(folder) / "adapter_config.json").read_text())
     if "whole" in s.structure.traits:
         return "written and read, as a module saved whole"
@@ -142,7 +145,7 @@ def cost(s: Subject) -> str:
     if op is None:
         return "not told by its structure"
     apply, form = op.cost
-    return f"{apply:,} a token, {apply / lora(s.site.cols)[1]:.3g} of LoRA's at r = 16; {form:,} to form it"
+    return f"{apply:,} a token ({apply / lora(s.site.cols)[1]:.3g} of LoRA's at r = 16), {form:,} to form it"
 
 
 @functools.cache
@@ -154,8 +157,8 @@ def of_the_map(recipe: Any) -> dict[str, str]:
     needs = [WHAT.get(name, f"`{name}`") for name in sorted(recipe.init.needs)]
     return {
         "Layer": f"{s.site.rows} x {s.site.cols}, alone",
-        "Trained numbers": f"{trained:,}, {trained / lora(s.site.cols)[0]:.3g} of LoRA's at r = 16",
-        "Stored numbers": f"{sum(f.numel() for f in stored):,}, {sum(f.nbytes for f in stored):,} bytes in the file",
+        "Trained numbers": f"{trained:,} ({trained / lora(s.site.cols)[0]:.3g} of LoRA's at r = 16)",
+        "Stored numbers": f"{sum(f.numel() for f in stored):,} ({sum(f.nbytes for f in stored):,} bytes of the file)",
         "Shared between layers": ", ".join(shared) or "nothing",
         "At the start": start(recipe),
         "The init reads": f"{', '.join(needs)} (`rw.collect`)" if needs else "no data",

@@ -30,7 +30,7 @@ def markdown(text: str) -> str:
     """Text of a docstring as Markdown: roles and code as code, everything else to the letter."""
     text = re.sub(r":\w+:`~?([^`]+)`", r"``\1``", text)
     pieces = re.split(r"``(.+?)``", text, flags=re.DOTALL)
-    plain = [re.sub(r"([*_<\[\]])", r"\\\1", piece) for piece in pieces[::2]]
+    plain = [re.sub(r"([*_\[\]])", r"\\\1", piece).replace("<", "&lt;") for piece in pieces[::2]]
     code = [f"`{' '.join(piece.split())}`" for piece in pieces[1::2]]
     return "".join(a + b for a, b in zip(plain, [*code, ""], strict=True))
 
@@ -103,8 +103,7 @@ def page(entry: Any, mechanism: tuple[str, str], claim: str, measurement: str) -
 def pages() -> dict[str, str]:
     """The text of every page by the method's name."""
     entries, sections, said, rows = rw.catalogue(), mechanisms(), claims(), race()
-    none = "Not noted."
     return {
-        name: page(entries[name], sections[name], said.get(name, none), measured(name, rows))
+        name: page(entries[name], sections[name], said.get(name, "Not noted."), measured(name, rows))
         for name in rw.recipes.__all__
     }
