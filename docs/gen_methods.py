@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from method_pages import pages
 
 import rankwise as rw
@@ -53,6 +54,7 @@ def files() -> dict[Path, str]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the matrices are small: more threads would wait for each other
     wanted, found = files(), {DOCS / "methods.md", *(DOCS / "methods").glob("*.md")}
     stale = [p for p, text in wanted.items() if p not in found or p.read_text() != text] + [*(found - wanted.keys())]
     if "--check" in sys.argv[1:]:
