@@ -1,5 +1,6 @@
 """The manual's pages of methods: every part is there, and what they say of a method is so."""
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -18,9 +19,7 @@ from rankwise.select.race import Race, Row
 DOCS = Path(__file__).parent.parent / "docs"
 sys.path.insert(0, str(DOCS))
 
-import method_facts  # noqa: E402
-import method_pages  # noqa: E402
-
+method_facts, method_pages = (importlib.import_module(name) for name in ("method_facts", "method_pages"))
 FACTS = [
     "Layer", "Trained numbers", "Stored numbers", "Shared between layers", "At the start", "The init reads", "Merges",
     "As a plain LoRA", "PEFT", "Multiply-adds of the update", "Step the same in every gauge",
@@ -49,7 +48,7 @@ def test_the_table_leads_to_every_page():
 
 def test_claims_name_their_source_and_reach_their_pages():
     claims = method_pages.claims()
-    source = re.compile(r"\((arXiv \d{4}\.\d{5}|IC[LM][RL] \d{4})[^()]*\)\.$")
+    source = re.compile(r"\((arXiv \d{4}\.\d{4,5}|IC[LM][RL] \d{4})[^()]*\)\.$")
     assert [name for name, claim in claims.items() if not source.search(claim)] == []
     for name in rw.recipes.__all__:
         text = (DOCS / "methods" / f"{name}.md").read_text()
@@ -75,7 +74,7 @@ def test_facts_agree_with_the_files(name, tmp_path):
     assert told["PEFT"].startswith("written and read, as ")
     assert (f"of rank {rank}" in told["PEFT"]) == (rank is not None)
     if told["As a plain LoRA"].startswith("exactly"):
-        assert re.search(r"of rank (\d+)", told["As a plain LoRA"])[1] == str(rank)
+        assert f"of rank {rank}" in told["As a plain LoRA"]
 
 
 def test_a_race_is_told_by_its_own_words():
