@@ -48,6 +48,12 @@ def arguments(entry: Any, text: str) -> str:
     return table(["argument", "default", "meaning"], rows)
 
 
+def examples(text: str) -> str:
+    """Prose and doctests."""
+    pieces = [piece.strip() for piece in dedent(text).split("\n\n")]
+    return "\n\n".join(f"```python\n{p}\n```" if p.startswith(">>>") else markdown(p) for p in pieces)
+
+
 def mechanisms() -> dict[str, tuple[str, str]]:
     """Title and text of the section of every method on the page of mechanisms, links as seen from a method's page."""
     found = {}
@@ -88,7 +94,7 @@ def page(entry: Any, mechanism: tuple[str, str], claim: str, measurement: str) -
     doc, (title, body) = parts_of(entry.doc), mechanism
     known = table(["fact", "value"], [[k, v] for k, v in facts(entry.recipe).items()])
     sections = {
-        "Arguments": arguments(entry, doc["Args"]),
+        "Arguments": "\n\n".join([arguments(entry, doc["Args"]), *map(examples, filter(None, [doc.get("Examples")]))]),
         "Facts": "Computed from the recipe at its defaults on one linear layer without a bias.\n\n" + known,
         "Mechanism": body,
         "The paper's claim": claim,
@@ -103,6 +109,8 @@ def page(entry: Any, mechanism: tuple[str, str], claim: str, measurement: str) -
 def pages() -> dict[str, str]:
     """The text of every page by the method's name."""
     entries, sections, said, rows = rw.catalogue(), mechanisms(), claims(), race()
+    if missing := set(rw.recipes.__all__) - sections.keys():
+        raise SystemExit(f"give {', '.join(sorted(missing))} a section in docs/mechanisms.md")
     return {
         name: page(entries[name], sections[name], said.get(name, "Not noted."), measured(name, rows))
         for name in rw.recipes.__all__
