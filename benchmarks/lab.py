@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import rankwise as rw
+from rankwise import embedded
 from rankwise.lab import (
     Bilinear,
     Curve,
@@ -205,6 +206,74 @@ def findings() -> None:
                 print(f"{kind.__name__}, {_label(condition)}, 200 steps, {type(solver).__name__}: {error:.1e}")
 
 
+# -- stable rank --------------------------------------------------------------------------------
+
+SPREAD = Factorisation(64, 48, 32, 100.0)
+RANKS = (2, 4, 8, 16)
+
+
+def stable_rank(update: torch.Tensor) -> float:
+    """``|X|_F^2 / |X|_2^2``: how many singular values count, 1 where one does."""
+    spectrum = torch.linalg.svdvals(update)
+    return float(spectrum.square().sum() / spectrum[0] ** 2)
+
+
+def best_stable_rank(rank: int) -> float:
+    """Of the best update of this rank, the truncated SVD of the target."""
+    spectrum = torch.linalg.svdvals(SPREAD.update)[:rank]
+    return float(spectrum.square().sum() / spectrum[0] ** 2)
+
+
+def spread(name: str, rank: int, rate: float = 0.01, steps: int = 200) -> tuple[float, float]:
+    """The error and the update's stable rank after some steps."""
+    model = SPREAD.model()
+    torch.manual_seed(0)
+    adapter = rw.attach(model, rw.recipe(name, rank=rank, alpha=rank))
+    optimizer = adapter.optimizer(rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        SPREAD.loss(model).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return SPREAD.error(model), stable_rank(SPREAD.weight(model) - SPREAD.base)
+
+
+def written(name: str, rank: int, rate: float, steps: int = 60) -> tuple[float, float]:
+    """The loss and the mean stable rank over the sites of the embedded model, trained on this repository's licence."""
+    torch.manual_seed(0)
+    model, tokenizer = embedded.load()
+    text = " ".join((IMG.parent.parent / "LICENSE").read_text().split())
+    ids = torch.tensor([t for line in text.split(". ") for t in tokenizer(line)["input_ids"]])
+    adapter = rw.attach(model, rw.recipe(name, rank=rank, alpha=rank))
+    optimizer, losses = adapter.optimizer(rate), []
+    for _ in range(steps):
+        batch = torch.stack([ids[k : k + 64] for k in torch.randint(len(ids) - 64, (4,))])
+        optimizer.zero_grad()
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    found: list[float] = []
+    for path, site in adapter.sites.items():
+        w: Any = model.get_submodule(path).weight
+        found.append(stable_rank(site.structure.weight(site.factors(), w).detach() - w.detach()))
+    return sum(losses[-20:]) / 20, sum(found) / len(found)
+
+
+def spread_tables() -> None:
+    """Stable rank by rank, on a planted target and on text."""
+    for rank in RANKS:
+        print(f"stable rank, planted, r = {rank}, best: {best_stable_rank(rank):.2f}")
+        for name in ("lora", "polar", "stella"):
+            error, found = min(spread(name, rank, rate) for rate in (0.003, 0.01, 0.03))
+            print(f"stable rank, planted, r = {rank}, {name}: {found:.2f}, error {error:.3g}", flush=True)
+    for rank in RANKS:
+        for name, rates in (("lora", (2e-3, 1e-2)), ("polar", (4e-3, 2e-2))):
+            for rate in rates:
+                loss, found = written(name, rank, rate)
+                print(f"stable rank, text, r = {rank}, {name} at {rate}: {found:.2f}, loss {loss:.2f}", flush=True)
+
+
 def catalogue() -> None:
     """Every method of constant rank that reads no statistics, at rank 4, on one ill-conditioned target of rank 4."""
     problem = Factorisation(condition=100.0)
@@ -217,7 +286,9 @@ def catalogue() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--descent", type=int, default=5000, help="most steps of gradient descent")
-    parser.add_argument("--only", choices=["scaledgd", "sensing", "nystrom", "winners", "findings", "catalogue"])
+    parser.add_argument(
+        "--only", choices=["scaledgd", "sensing", "nystrom", "winners", "findings", "spread", "catalogue"]
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     parts = {
@@ -226,6 +297,7 @@ def main() -> None:
         "nystrom": nystrom_figure,
         "winners": winners_figure,
         "findings": findings,
+        "spread": spread_tables,
         "catalogue": catalogue,
     }
     for name, part in parts.items():

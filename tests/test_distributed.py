@@ -23,7 +23,7 @@ from rankwise.hf.deferred import deferred_logits
 from tiny_models import llama, shake, tokens
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo")
-METHODS = ("lora", "dora", "scaled_adamw", "altlora", "share_lora")
+METHODS = ("lora", "dora", "scaled_adamw", "altlora", "share_lora", "tt_lora", "metatt")
 
 
 def adapted(method: str, **axes: Any) -> tuple[Any, rw.Adapter]:

@@ -33,26 +33,61 @@ from rankwise import structures
 from rankwise.experts import is_experts
 from rankwise.host import host_of
 from rankwise.structures import (
+    ABBA,
+    BOFT,
+    C3A,
+    HRA,
+    IA3,
     OFT,
+    PSOFT,
+    SVFT,
     Anchored,
+    Bat,
+    BlockLoRA,
+    BoRA,
+    CaRA,
     Chain,
     Core,
+    DeLoRA,
     Delta,
+    FacTTK,
+    FacTTT,
+    FouRA,
+    FourierFT,
     Gated,
+    GLoRA,
+    GraLoRA,
     HiRA,
     InputSide,
     LoHa,
     LoKr,
     LoRA,
     LoRAFA,
+    LoRETTA,
+    LoRTA,
+    LoTR,
     Magnitude,
+    MELoRA,
+    MetaTT,
+    MiSS,
+    MoRA,
+    PRoLoRA,
+    QuanTA,
     Replace,
+    RoAd,
     Rows,
+    SHiRA,
+    SineLoRA,
     Stack,
     Structure,
     SVDForm,
     Switched,
+    ThreeFactor,
+    TinyLoRA,
     TokenRows,
+    Truncated,
+    TTLoRA,
+    WaveFT,
 )
 from rankwise.testing import randomise
 from rankwise.testing.compare import Comparison
@@ -82,7 +117,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 LEAVES = (
     *(LoRA(4), SVDForm(3), LoKr(4), LoHa(2), HiRA(4), OFT(4), Replace()),
+    *(HRA(4), BOFT(4), PSOFT(4), IA3(), IA3("in"), RoAd(2, 4), DeLoRA(4), MiSS(4), MiSS(3, 2), Bat(4), BlockLoRA(4)),
     *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3)),
+    *(TTLoRA(2), LoRETTA(3, 2), QuanTA(3)),
+    *(FacTTT(2), FacTTK(2), LoTR(2), LoRTA(2), CaRA(2), MetaTT(2, heads=2, tasks=2)),
+    *(ThreeFactor(3), TinyLoRA(2, size=5), SVFT("random", 1)),
+    *(ABBA(2), MoRA(2), SineLoRA(2), MELoRA(2), BoRA(2), GraLoRA(4), GLoRA(2), PRoLoRA(4)),
+    *(FourierFT(40), WaveFT(40), SHiRA(2), C3A(8), FouRA(4)),
 )
 WRAPPED = (
     Magnitude(LoRA(4)),
@@ -93,6 +134,7 @@ WRAPPED = (
     Stack(LoRA(2), LoRA(3)),
     Chain(LoRA(3), 2),
     Delta(LoRA(3)),
+    Truncated(Gated(3), 2),
 )
 ALL = (*LEAVES, *WRAPPED, Rows(LoRA(2), (("gate", 0, 16),)))
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])

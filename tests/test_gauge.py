@@ -20,6 +20,7 @@ from rankwise.solvers import (
     AltLoRA,
     AltLoRAPlus,
     Chained,
+    Landing,
     LoFT,
     LoRAPlus,
     LoRAPro,
@@ -32,9 +33,10 @@ from rankwise.solvers import (
     ScaledAdamW,
     ScaledGD,
     Solver,
+    StelLA,
 )
 from rankwise.solvers.tangent import retract
-from rankwise.structures import LoRA, LoRAFA, Magnitude, Structure
+from rankwise.structures import LoRA, LoRAFA, Magnitude, Structure, ThreeFactor
 from rankwise.testing import gauge_error
 from test_chain import model, run
 
@@ -337,6 +339,7 @@ def test_muon_moves_by_equal_singular_values():
 
 
 EVERY = (*INVARIANT, *VARIANT, Muon(whiten=True), RefLoRA(warmup=4), RefLoRAS(warmup=4), RoLoRA(every=3), SGD(0.9))
+EVERY += (Landing(), StelLA(), StelLA(16.0), StelLA(betas=None))
 
 
 def test_every_solver_is_tried():
@@ -373,7 +376,8 @@ def resumed(solver: Solver, structure: Structure) -> Sequence[tuple[Tensor, Tens
 
 @pytest.mark.parametrize("solver", EVERY, ids=repr)
 def test_stop_and_resume_is_the_same_run(solver):
-    assert all(torch.equal(p, q) for p, q in resumed(solver, Magnitude(LoRA(3))))
+    structure = ThreeFactor(3) if "frames" in solver.requires else LoRA(3)
+    assert all(torch.equal(p, q) for p, q in resumed(solver, Magnitude(structure)))
 
 
 def test_a_frozen_factor_is_a_partner_that_stands_still():

@@ -2,13 +2,31 @@
 
 import inspect
 from collections.abc import Callable
+from itertools import combinations
 
 import pytest
 import torch
 
 from rankwise import ops
-from rankwise.ops import BlockDiagonal, Dense, Diagonal, Hadamard, Kronecker, LinearOperator, Product, Scaled, Sum
+from rankwise.ops import (
+    BlockDiagonal,
+    Butterfly,
+    Circuit,
+    Dense,
+    Diagonal,
+    Hadamard,
+    Kronecker,
+    LinearOperator,
+    Pairs,
+    Patterned,
+    Placed,
+    Product,
+    Scaled,
+    Sine,
+    Sum,
+)
 from rankwise.ops.operator import Cost, leaves, with_leaves
+from rankwise.ops.spectral import Circulant, Fourier, Haar, Sparse
 from rankwise.testing.compare import Comparison
 
 Batch = tuple[int, ...]
@@ -30,12 +48,15 @@ def check_operator(op: LinearOperator, batch: tuple[int, ...] = ()) -> float:
     if lower is not None:
         compare("operator law", lower.left @ lower.right, dense, ".lower")
         assert lower.left.shape[-1] == op.rank
-    tensors = [t.clone().requires_grad_() for t in leaves(op)]
+    tensors = [t.clone().requires_grad_(t.is_floating_point()) for t in leaves(op)]
     other = with_leaves(op, iter(tensors))
     compare("operator law", other.dense(), dense, ".with_leaves")
     g = torch.randn(*batch, m, n, dtype=torch.float64)
-    wanted = torch.autograd.grad(other.dense(), tensors, g.expand_as(other.dense()))
-    for found, want in zip(other.gradients(g), wanted, strict=True):
+    needed = [t for t in tensors if t.requires_grad]
+    wanted = torch.autograd.grad(other.dense(), needed, g.expand_as(other.dense()))
+    gradients = other.gradients(g)
+    assert [found is None for found in gradients] == [not t.requires_grad for t in tensors]
+    for found, want in zip([found for found in gradients if found is not None], wanted, strict=True):
         compare("operator law", found, want, ".gradients")
     return compare.figures["operator"]
 
@@ -52,8 +73,32 @@ def blocks(batch: Batch, k: int, b: int) -> BlockDiagonal:
     return BlockDiagonal(torch.randn(*batch, k, b, b, dtype=torch.float64))
 
 
+def placed(batch: Batch, m: int, n: int, count: int) -> Placed:
+    """More entries than places, so that some add up."""
+    rows, cols = torch.randint(0, m, (count,)), torch.randint(0, n, (count,))
+    return Placed(torch.randn(*batch, count, dtype=torch.float64), rows, cols, (m, n))
+
+
+def patterned(batch: Batch, m: int, k: int, n: int) -> Patterned:
+    row, col = torch.randint(0, k, (2, *batch, 4))
+    return Patterned(
+        d(batch, m, k).matrix, torch.randn(*batch, 4, dtype=torch.float64), row, col, d(batch, k, n).matrix
+    )
+
+
 def low(batch: Batch, m: int, r: int, n: int) -> Product:
     return Product(d(batch, m, r), d(batch, r, n))
+
+
+def circuit(batch: Batch, modes: tuple[int, ...], shape: tuple[int, int]) -> Circuit:
+    axes = list(combinations(range(len(modes)), 2))
+    sizes = [modes[i] * modes[j] for i, j in axes]
+    return Circuit([torch.randn(*batch, p, p, dtype=torch.float64) for p in sizes], axes, modes, shape)
+
+
+def sparse(batch: Batch, m: int, n: int, k: int) -> Sparse:
+    place = torch.stack([torch.randperm(m * n)[:k] for _ in range(batch[0] if batch else 1)]).reshape(*batch, k)
+    return Sparse(torch.randn(*batch, k, dtype=torch.float64), place // n, place % n, (m, n))
 
 
 OPERATORS: dict[str, Callable[[Batch], LinearOperator]] = {
@@ -74,9 +119,30 @@ OPERATORS: dict[str, Callable[[Batch], LinearOperator]] = {
     "kronecker of kroneckers": lambda b: Kronecker(d(b, 2, 3), Kronecker(d(b, 3, 2), d(b, 2, 2))),
     "hadamard": lambda b: Hadamard(low(b, 6, 2, 5), low(b, 6, 3, 5)),
     "hadamard with dense": lambda b: Hadamard(low(b, 6, 2, 5), d(b, 6, 5)),
+    "sine": lambda b: Sine(low(b, 6, 2, 5)),
+    "sine of dense": lambda b: Sine(d(b, 6, 5)),
+    "placed": lambda b: placed(b, 4, 3, 20),
+    "placed in a product": lambda b: Product(d(b, 6, 4), Product(placed(b, 4, 3, 5), d(b, 3, 5))),
+    "pairs": lambda b: Pairs(*torch.randn(2, *b, 12, dtype=torch.float64), 6),
+    "butterfly": lambda b: Butterfly(torch.randn(*b, 4, 4, 4, dtype=torch.float64), 2),
+    "butterfly without a stride": lambda b: Butterfly(torch.randn(*b, 3, 2, 2, dtype=torch.float64), 1),
     "product of rotations": lambda b: Product(blocks(b, 3, 2), blocks(b, 2, 3)),
+    "patterned": lambda b: Patterned(
+        d(b, 6, 3).matrix, torch.randn(*b, 4, dtype=torch.float64), *torch.randint(0, 3, (2, *b, 4)), d(b, 3, 5).matrix
+    ),
+    "circuit": lambda b: circuit(b, (2, 3, 2), (12, 12)),
+    "padded circuit": lambda b: circuit(b, (2, 2, 3), (7, 11)),
+    "sparse": lambda b: sparse(b, 6, 5, 9),
+    "full sparse": lambda b: sparse(b, 3, 2, 6),
+    "fourier": lambda b: Fourier(sparse(b, 6, 5, 9)),
+    "few waves": lambda b: Fourier(sparse(b, 8, 7, 1)),
+    "haar": lambda b: Haar(sparse(b, 6, 4, 9), (6, 4)),
+    "haar, odd": lambda b: Haar(sparse(b, 6, 8, 9), (5, 7)),
+    "circulant": lambda b: Circulant(torch.randn(*b, 2, 3, 4, dtype=torch.float64)),
+    "odd circulant": lambda b: Circulant(torch.randn(*b, 2, 1, 3, dtype=torch.float64)),
 }
 LOW = {
+    "few waves",
     "product",
     "three factors",
     "low rank on the right",
@@ -85,6 +151,7 @@ LOW = {
     "sum",
     "hadamard",
     "product of rotations",
+    "placed in a product",
 }
 
 

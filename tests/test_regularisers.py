@@ -18,7 +18,19 @@ from rankwise import penalties
 from rankwise.adapter import SiteFactors
 from rankwise.errors import IncompatibleAxes
 from rankwise.host import Site
-from rankwise.penalties import Ascent, Balance, Dropout, MaxNorm, Noise, Orthogonality, Penalty, Sharpness, backward
+from rankwise.penalties import (
+    Ascent,
+    Balance,
+    Dropout,
+    MaxNorm,
+    Noise,
+    Orthogonality,
+    OrthonormalPull,
+    Penalty,
+    Sharpness,
+    SingularValues,
+    backward,
+)
 from rankwise.penalties.flatness import Noisy
 from rankwise.registry import decode, encode, known_classes
 from rankwise.structures import OFT, Anchored, HiRA, LoRA, Magnitude, SVDForm
@@ -554,6 +566,7 @@ def test_both_compile_in_one_graph():
 # -- recipes --------------------------------------------------------------------------------------
 
 EVERY = (Orthogonality(), Balance("size", steps=5), MaxNorm(2.0), Sharpness(0.1), Noise(0.1, 7, 2), Ascent(0.1, 2))
+EVERY += (OrthonormalPull(), SingularValues())
 
 
 def test_every_penalty_is_here():

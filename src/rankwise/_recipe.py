@@ -18,6 +18,7 @@ from rankwise.structures import Structure
 _REMEDY = {
     "anchored": "wrap the structure: Anchored(...), so that the start is subtracted",
     "core": "take Core, the structure with a trained core between fixed sides",
+    "frames": "take ThreeFactor(...), whose two sides start orthonormal",
     "input_side": "take InputSide, the structure whose output side is fixed",
     "lowrank": "take a low-rank structure: LoRA or SVDForm (wrappers around them are fine)",
     "random_start": "leave the init at its default: no factor of this structure starts at random",

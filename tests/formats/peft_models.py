@@ -95,11 +95,25 @@ class Biases(nn.Sequential):
         super().__init__(nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 6, bias=False))
 
 
+class Odd(nn.Sequential):
+    """Linear layers with odd sides."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 7), nn.Linear(7, 9), nn.Linear(9, 6))
+
+
 class Depthwise(nn.Sequential):
     """A convolution with one group a channel, without a bias."""
 
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(4, 8, 3, 2, padding=1, groups=4, bias=False))
+
+
+class Strided(nn.Sequential):
+    """A convolution with holes and steps, without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(4, 8, 3, 2, padding=1, dilation=2, bias=False))
 
 
 def llama(**changes: Any) -> nn.Module:
@@ -150,9 +164,9 @@ def inputs(model: nn.Module) -> Tensor:
     name = type(model).__name__
     if name == "Emb":
         return torch.randint(0, 20, (2, 7), generator=g)
-    if name in ("Conv", "Depthwise"):
+    if name in ("Conv", "Depthwise", "Strided"):
         return torch.randn(2, 4, 6, 6, generator=g)
-    if name in ("MHA", "Moe", "Biases"):
+    if name in ("MHA", "Moe", "Biases", "Odd"):
         return torch.randn(*((2, 5, 8) if name == "MHA" else (5, 8)), generator=g)
     return torch.tensor([[1, 2, 3, 4, 5, 6], [3, 9, 30, 47, 1, 0]])
 
@@ -175,7 +189,9 @@ def randomise(model: nn.Module, marks: tuple[str, ...], scale: float = 0.3) -> N
                     p.add_(scale * draw)
 
 
-MARKS = ("lora_", "hada_", "lokr_", "hira_", "oft_", "modules_to_save", "trainable_tokens_delta")
+MARKS = ("lora_", "hada_", "lokr_", "hira_", "oft_", "tinylora_", "modules_to_save", "trainable_tokens_delta", "hra_")
+MARKS += ("road_", "psoft_", "ia3_", "delora_", "miss_", "boft_")
+MARKS += ("fourierft_", "waveft_", "shira_", "c3a_")
 
 
 def with_peft(build: Callable[[], nn.Module], config: Any, scale: float = 0.3) -> Any:

@@ -10,6 +10,7 @@ from functools import partial
 import peft
 import pytest
 import torch
+from peft.tuners.lora import BdLoraConfig, KasaConfig
 from peft_models import (
     FIXTURES,
     MHA,
@@ -19,6 +20,8 @@ from peft_models import (
     Depthwise,
     Emb,
     Moe,
+    Odd,
+    Strided,
     distance,
     gpt2,
     inputs,
@@ -127,10 +130,59 @@ CASES = {
     "lokr full": (llama, lambda: peft.LoKrConfig(r=64, target_modules=QV)),
     "lokr tucker": (Conv, lambda: peft.LoKrConfig(r=1, target_modules=["c1", "c2", "c2p"], use_effective_conv2d=True)),
     "lokr convolution": (Conv, lambda: peft.LoKrConfig(r=1, target_modules=["c1", "c2", "c2g"])),
+    "kasa": (llama, lambda: L(r=4, lora_alpha=6, kasa_config=KasaConfig(), target_modules=QV)),
+    "kasa rslora": (llama, lambda: L(r=3, use_rslora=True, kasa_config=KasaConfig(), target_modules=["up_proj"])),
+    "tinylora": (
+        partial(llama, num_hidden_layers=11),  # layers.10 sorts before layers.2
+        lambda: peft.TinyLoraConfig(r=2, u=5, target_modules=QV, init_weights="uniform"),
+    ),
+    "tinylora tied": (
+        partial(llama, num_hidden_layers=3),
+        lambda: peft.TinyLoraConfig(r=3, u=20, target_modules=QV, weight_tying=0.4),
+    ),
+    "tinylora gpt2": (gpt2, lambda: peft.TinyLoraConfig(u=4, fan_in_fan_out=True, target_modules=["c_attn"])),
     "hira": (llama, lambda: peft.HiraConfig(r=4, target_modules=QV)),
     "hira embedding": (Emb, lambda: peft.HiraConfig(r=4, target_modules=["lin", "emb"])),
     "hira convolution": (Conv, lambda: peft.HiraConfig(r=4, target_modules=["c1", "c2"])),
     "hira gpt2": (gpt2, lambda: peft.HiraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)),
+    "gralora": (llama, lambda: peft.GraloraConfig(r=4, alpha=3, target_modules=QV)),
+    "gralora hybrid": (llama, lambda: peft.GraloraConfig(r=8, gralora_k=4, hybrid_r=2, alpha=5, target_modules=QV)),
+    "gralora gpt2": (gpt2, lambda: peft.GraloraConfig(r=4, fan_in_fan_out=True, target_modules=["c_attn"])),
+    "glora": (llama, lambda: peft.GloraConfig(r=3, target_modules=QV)),
+    "glora beside a bias": (
+        Emb,
+        lambda: peft.GloraConfig(r=3, config_C="none", config_D_E="none", target_modules=["lin"]),
+    ),
+    "glora vector": (llama, lambda: peft.GloraConfig(config_A_B="vector", target_modules=QV)),
+    "glora constant": (llama, lambda: peft.GloraConfig(config_A_B="constant", target_modules=QV)),
+    "fourierft": (llama, lambda: peft.FourierFTConfig(n_frequency=60, target_modules=QV)),
+    "fourierft few": (
+        gpt2,
+        lambda: peft.FourierFTConfig(n_frequency=2, scaling=40.0, random_loc_seed=3, target_modules=["c_attn"]),
+    ),
+    "fourierft patterns": (
+        llama,
+        lambda: peft.FourierFTConfig(n_frequency=60, n_frequency_pattern={"v_proj": 20}, target_modules=QV),
+    ),
+    "waveft": (llama, lambda: peft.WaveFTConfig(n_frequency=60, target_modules=QV)),
+    "waveft odd": (Odd, lambda: peft.WaveFTConfig(n_frequency=30, target_modules=["0", "1", "2"])),
+    "waveft gpt2": (gpt2, lambda: peft.WaveFTConfig(n_frequency=60, target_modules=["c_attn"])),
+    "waveft in proportion": (
+        llama,
+        lambda: peft.WaveFTConfig(n_frequency=60, proportional_parameters=True, target_modules=QV),
+    ),
+    "shira": (llama, lambda: peft.ShiraConfig(r=2, target_modules=QV)),
+    "shira of a seed": (llama, lambda: peft.ShiraConfig(r=1, random_seed=3, target_modules=["up_proj"])),
+    "c3a": (llama, lambda: peft.C3AConfig(block_size=8, target_modules=QV)),
+    "c3a patterns": (
+        llama,
+        lambda: peft.C3AConfig(
+            block_size=16,
+            block_size_pattern={"v_proj": 4},
+            init_weights="xavier_uniform",
+            target_modules=["up_proj", *QV],
+        ),
+    ),
     "oft": (llama, lambda: peft.OFTConfig(oft_block_size=4, target_modules=QV)),
     "oft exact": (llama, lambda: peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=QV)),
     "oft by number of blocks": (
@@ -146,6 +198,50 @@ CASES = {
     ),
     "oft patches shared": (Conv, lambda: peft.OFTConfig(oft_block_size=6, block_share=True, target_modules=["c2"])),
     "oft 1x1": (Conv, lambda: peft.OFTConfig(oft_block_size=2, target_modules=["c2p"])),
+    "hra": (llama, lambda: peft.HRAConfig(r=4, target_modules=QV)),
+    "hra convolution": (Conv, lambda: peft.HRAConfig(r=4, target_modules=["c2"])),
+    "boft": (llama, lambda: peft.BOFTConfig(boft_block_size=4, target_modules=QV)),
+    "boft by number of blocks": (
+        llama,
+        lambda: peft.BOFTConfig(boft_block_size=0, boft_block_num=2, target_modules=QV),
+    ),
+    "boft convolution": (Conv, lambda: peft.BOFTConfig(boft_block_size=3, target_modules=["c2"])),
+    "road 1": (llama, lambda: peft.RoadConfig(group_size=8, target_modules=QV)),
+    "road 2": (llama, lambda: peft.RoadConfig(variant="road_2", group_size=4, target_modules=QV)),
+    "road 4": (llama, lambda: peft.RoadConfig(variant="road_4", group_size=8, target_modules=QV)),
+    "psoft": (llama, lambda: peft.PsoftConfig(r=4, target_modules=QV)),
+    "psoft series": (
+        llama,
+        lambda: peft.PsoftConfig(
+            r=4, psoft_mag_a=False, psoft_mag_b=False, use_cayley_neumann=True, psoft_dropout=0.0, target_modules=QV
+        ),
+    ),
+    "ia3": (llama, lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "ia3 regex": (llama, lambda: peft.IA3Config(target_modules=["v_proj"], feedforward_modules=r".*\.v_proj")),
+    "ia3 gpt2": (gpt2, lambda: peft.IA3Config(target_modules=["mlp.c_proj"], feedforward_modules=["mlp.c_proj"])),
+    "ia3 convolution": (
+        Conv,
+        lambda: peft.IA3Config(target_modules=["c2", "c2p", "c3"], feedforward_modules=["c2", "c2p", "c3"]),
+    ),
+    "ia3 convolution, outputs": (Strided, lambda: peft.IA3Config(target_modules=["0"], feedforward_modules=[])),
+    "delora": (
+        llama,
+        lambda: peft.DeloraConfig(
+            r=4, delora_lambda=3, target_modules=QV, rank_pattern={"v_proj": 2}, lambda_pattern={"v_proj": 5}
+        ),
+    ),
+    "miss": (llama, lambda: peft.MissConfig(r=4, target_modules=QV)),
+    "miss with a rest": (llama, lambda: peft.MissConfig(r=5, target_modules=["q_proj", "down_proj"])),
+    "miss mini": (llama, lambda: peft.MissConfig(r=4, mini_r=2, init_weights="mini", target_modules=QV)),
+    "miss bat": (llama, lambda: peft.MissConfig(r=4, init_weights="bat", target_modules=QV)),
+    "bd lora": (
+        llama,
+        lambda: L(
+            r=4,
+            target_modules=["q_proj", "o_proj", "v_proj"],
+            use_bdlora=BdLoraConfig(["o_proj"], ["q_proj"], 2, match_strict=False),
+        ),
+    ),
 }
 SMALL = {"oft": 0.1}  # the Neumann series is a rotation for small generators only
 
@@ -160,10 +256,12 @@ def figures(one, two, base, x) -> float:
     return max(found)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # PEFT's SHiRA
 @pytest.mark.parametrize("case", CASES)
 def test_both_directions(case, tmp_path, capsys, record_property):
     build, config = CASES[case]
-    theirs = with_peft(build, config(), 0.1 if case.startswith("oft") else 0.3)
+    small = case.startswith(("oft", "psoft", "road", "ia3"))
+    theirs = with_peft(build, config(), 0.1 if small else 0.3)
     save(theirs, tmp_path / "theirs")
     ours, base = made(build), made(build)
     x = inputs(base)
@@ -199,7 +297,6 @@ BASES = {
     "lora_mha": MHA,
     "lora_params_moe": Moe,
     "lora_gpt2": gpt2,
-    "lora_bdlora": partial(llama, head_dim=2),
     **dict.fromkeys(("lora_embed_lmhead_tied", "lora_embed_tied_ensure", "lora_trainable_tokens_tied"), tied),
 }
 READ = [
@@ -209,16 +306,14 @@ READ = [
     *("lora_pissa", "lora_seqtask", "lora_trainable_tokens", "lora_trainable_tokens_tied"),
     *("trainable_tokens", "lora_mica", "adalora", "loha", "loha_conv", "loha_conv_flat", "lokr"),
     *("lokr_both", "lokr_conv", "lokr_full", "hira", "hira_emb", "oft", "oft_conv", "oft_shared"),
+    *("lora_kasa", "tinylora"),
+    *("lora_bdlora", "boft", "hra", "road", "psoft", "ia3", "delora", "miss", "miss_bat", "miss_mini"),
 ]
 REFUSED = {
     "lora_alora": "alora_invocation_tokens",
-    "lora_bdlora": "use_bdlora",
-    "lora_kasa": "kasa_config",
     "lora_monteclora": "monteclora_config",
     "lora_velora": "velora_config",
-    "ia3": 'peft_type="IA3"',
     "vera": 'peft_type="VERA"',
-    "boft": 'peft_type="BOFT"',
 }
 
 
@@ -302,10 +397,6 @@ def test_files_of_an_old_peft(name):
         layers = {"lin0": nn.Linear(10, 20), "relu": nn.ReLU(), "lin1": nn.Linear(20, 2)}
         model = nn.Sequential(OrderedDict(**layers, sm=nn.LogSoftmax(-1)))
         x = torch.arange(90).reshape(9, 10).float()
-    if name == "ia3_mlp":
-        with pytest.raises(rw.errors.ConversionError, match="IA3"):
-            rw.formats.peft.load(model, folder)
-        return
     rw.formats.peft.load(model.eval(), folder)
     expected = torch.load(folder / "output.pt", "cpu", weights_only=True)
     torch.testing.assert_close(output(model, x), expected, rtol=1e-4, atol=1e-4)
@@ -346,6 +437,23 @@ def test_a_setting_whose_meaning_would_be_lost(settings, tmp_path):
     with pytest.raises(rw.errors.ConversionError, match=next(iter(settings))):
         rw.formats.peft.load(model, folder)
     assert rw.adapters(model) == {}
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not save")
+def test_a_tinylora_without_its_random_matrices(tmp_path):
+    config = peft.TinyLoraConfig(u=4, target_modules=QV, save_projection=False)
+    with pytest.raises(rw.errors.ConversionError, match="save_projection=True"):
+        rw.formats.peft.load(made(llama), edited(tmp_path, config=config))
+
+
+def test_a_kasa_that_is_cut_from_no_plain_layer(tmp_path):
+    for name, build, config in (
+        ("conv", Conv, L(r=2, target_modules=["c2p"])),
+        ("pissa", llama, L(r=2, init_lora_weights="pissa", target_modules=QV)),
+    ):
+        folder = edited(tmp_path / name, build, config, kasa_config={"beta": 1e-4, "gamma": 1e-3})
+        with pytest.raises(rw.errors.ConversionError, match="plain linear layers"):
+            rw.formats.peft.load(made(build), folder)
 
 
 def test_what_peft_accepts_loads_and_is_told(tmp_path, capsys):
@@ -444,6 +552,51 @@ def test_a_magnitude_does_not_cross_groups(tmp_path):
     _, adapter = attached(rw.recipe("dora", rank=2, sites=rw.Sites(targets="c2g")), Conv)
     with pytest.raises(rw.errors.ConversionError, match="no groups"):
         rw.export(adapter, tmp_path / "back")
+
+
+GRALORA = peft.GraloraConfig(r=8, gralora_k=4, hybrid_r=2, target_modules=["q_proj"])
+GLORA = peft.GloraConfig(r=3, target_modules=["q_proj"])
+AS_THEIRS = {
+    "gralora_A": ("a", lambda g: g.mT),
+    "gralora_B": ("b", lambda g: g.mT),
+    "gralora_A_general": ("whole_a", lambda g: g),
+    "glora_A": ("gate", lambda g: g),
+    "glora_B": ("update", lambda g: g),
+}
+
+
+@pytest.mark.parametrize("config", [GRALORA, GLORA], ids=["gralora", "glora"])
+def test_gradients_are_peft_s(config, tmp_path):
+    theirs = with_peft(llama, config)
+    save(theirs, tmp_path)
+    ours = made(llama)
+    adapter = rw.formats.peft.load(ours, tmp_path, trainable=True)
+    for model in (theirs, ours):
+        output = model(inputs(ours)).logits
+        output.square().sum().backward()
+    (site,) = adapter
+    compared = 0
+    for name, p in theirs.named_parameters():
+        if p.grad is None or (kind := name.split("q_proj.")[-1].split(".")[0]) not in AS_THEIRS:
+            continue
+        own, turn = AS_THEIRS[kind]
+        own += {"Xu": "_a", "Xd": "_b"}.get(name.rpartition(".")[2], "")
+        grad = adapter[site][own].grad
+        assert (turn(grad) - p.grad).abs().max() <= 1e-5 * p.grad.abs().max(), name
+        compared += 1
+    assert compared == (3 if config is GRALORA else 4)
+
+
+def test_a_glora_of_the_bias_is_refused(tmp_path):
+    save(with_peft(Emb, peft.GloraConfig(r=3, target_modules=["lin"])), tmp_path)
+    with pytest.raises(rw.errors.ConversionError, match="glora_C"):
+        rw.formats.peft.load(made(Emb), tmp_path)
+
+
+def test_a_glora_of_two_kinds_is_refused(tmp_path):
+    _, adapter = attached(rw.recipe("glora", rank=2, gate="vector", sites=QVS))
+    with pytest.raises(rw.errors.ConversionError, match="of one kind"):
+        rw.export(adapter, tmp_path)
 
 
 def test_our_lora_in_groups_is_one_across_them(tmp_path):

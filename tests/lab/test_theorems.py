@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from benchmarks.lab import CONDITIONS, local, one_sided, sensing, symmetric
+from benchmarks.lab import CONDITIONS, RANKS, SPREAD, best_stable_rank, local, one_sided, sensing, spread, symmetric
 
 from rankwise.lab import Sensing, cases, gradient, halves
 from rankwise.solvers import SGD, ScaledGD
@@ -94,6 +94,21 @@ def test_a_nystrom_start_converges_quadratically(condition):
     late = [now / before for before, now in zip(other.errors[15:39], other.errors[16:40], strict=True)]
     assert late == pytest.approx([0.5] * len(late), abs=0.01)
     assert min(other.errors[:40]) > 1e-13
+
+
+@pytest.mark.parametrize("rank", RANKS[:3])
+def test_every_update_is_as_spread_as_the_best_one(rank):
+    """Lion, Zhang, Li and He (2025, arXiv 2506.03133) find LoRA's stable rank near 1 and PoLAR's above it. Not here.
+
+    Where every entry is seen both end at the truncated SVD of the target, whose stable rank grows with r: 1.74, 2.71
+    and 3.53 for r = 2, 4 and 8.
+    """
+    best = best_stable_rank(rank)
+    assert best > 1.7
+    for name, rate in (("lora", 0.01), ("polar", 0.03)):
+        error, found = spread(name, rank, rate)
+        assert error == pytest.approx(SPREAD.floor(rank), rel=1e-2)
+        assert found == pytest.approx(best, rel=1e-2)
 
 
 LEAST = {

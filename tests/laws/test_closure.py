@@ -47,6 +47,7 @@ from rankwise.solvers import (
     Fira,
     Flora,
     GaLore,
+    Landing,
     LoFT,
     LoRAPlus,
     LoRAPro,
@@ -59,6 +60,7 @@ from rankwise.solvers import (
     ScaledAdamW,
     ScaledGD,
     Solver,
+    StelLA,
 )
 from rankwise.structures import OFT, Anchored, LoHa, LoRA, Magnitude, Structure
 from rankwise.testing import SAMPLES, check_init, check_solver, train_step
@@ -73,6 +75,7 @@ INITS = (
 SOLVERS = (
     *(AdamW(), AdamW(weight_decay=0.1), LoRAPlus(ratio=4.0), ScaledGD(0.1), ScaledAdamW()),
     *(SGD(), SGD(0.9)),
+    *(Landing(), StelLA(), StelLA(16.0)),
     *(RefLoRA(warmup=2), RefLoRAS(warmup=2), LoRARITE(), AltLoRA(0.1), AltLoRAPlus(), ALS(0.1), RoLoRA(), LoFT()),
     *(LoRAPro(), LoRAPro("zero"), Riemannion(), Riemannion(orthogonal=False), Muon(), Muon(whiten=True)),
     *(GaLore(4, every=5), GaLore(4, iterations=2, weight_decay=0.1), Fira(4), Apollo(4), ApolloMini(), Flora(4)),
@@ -174,7 +177,7 @@ def points(structure: Structure) -> list[tuple]:
 @pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
 def test_the_product(structure, tmp_path):
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8)).double().eval()
+    base = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8)).double().eval()
     count = Counter()
     for init, solver, rank, dropout in points(structure):
         needs = init.requires | solver.requires | rank.requires | ({"drops"} if dropout else set())

@@ -53,7 +53,7 @@ REFERENCES = {
     ),
     "lora_fa": Reference(
         lambda w, f, o: w + scale(o) * product(f["b"], f["a"]), lambda m, n, o: o["rank"] * m,
-        "Zhang et al. 2023, arXiv 2308.03303, eq. 2", {"rank": 3},
+        "Zhang et al. 2023, arXiv 2308.03303", {"rank": 3},
     ),
     "mica": Reference(
         lambda w, f, o: w + scale(o) * product(f["b"], f["a"]), lambda m, n, o: o["rank"] * n,
@@ -61,7 +61,7 @@ REFERENCES = {
     ),
     "lora_xs": Reference(
         lambda w, f, o: w + scale(o) * f["b"] @ f["c"] @ f["a"], lambda m, n, o: o["rank"] ** 2,
-        "Balazy et al. 2024, arXiv 2405.17604, eq. 3", {"rank": 3},
+        "Balazy et al. 2024, arXiv 2405.17604", {"rank": 3},
     ),
     "pissa": Reference(anchored, pair, "Meng et al. 2024, arXiv 2404.02948, eq. 4 and 5", {"rank": 3}),
 }  # fmt: skip

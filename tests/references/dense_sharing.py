@@ -16,7 +16,7 @@ REFERENCES = {
     ),
     "tied_lora": Reference(
         four, lambda m, n, o: o["rank"] * (m + n) + o["rank"] + m,
-        "Renduchintala et al. 2023, arXiv 2311.09578, eq. 2", {"rank": 3}, ({"rank": 3, "alpha": 6.0},),
+        "Renduchintala et al. 2023, arXiv 2311.09578", {"rank": 3}, ({"rank": 3, "alpha": 6.0},),
     ),
     "vera": Reference(
         four, lambda m, n, o: o["rank"] + m, "Kopiczko et al. 2023, arXiv 2310.11454, eq. 2", {"rank": 5}

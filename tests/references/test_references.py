@@ -1,7 +1,7 @@
 """Every method is what its paper says: its weight against the equation in NumPy, its size against the formula."""
 
 import importlib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +10,16 @@ import torch
 
 import rankwise as rw
 from rankwise.methods import catalogue
+from rankwise.structures import Structure
 
 HERE = Path(__file__).parent
 REFERENCES = {}
+SAME = {}  # methods that differ from another in an axis other than the structure: name -> the other
 for file in sorted(HERE.glob("dense_*.py")):
-    found = importlib.import_module(file.stem).REFERENCES
-    assert not REFERENCES.keys() & found.keys()
-    REFERENCES |= found
+    module = importlib.import_module(file.stem)
+    assert not REFERENCES.keys() & module.REFERENCES.keys()
+    REFERENCES |= module.REFERENCES
+    SAME |= {name: other for other, names in getattr(module, "SAME", {}).items() for name in names.split()}
 SHAPES = ((16, 24), (24, 16), (32, 32))
 CASES = [(name, {**r.options}) for name, r in REFERENCES.items()]
 CASES += [(name, {**options}) for name, r in REFERENCES.items() for options in r.more]
@@ -53,6 +56,29 @@ def test_the_weight_is_the_papers(name, options, shape):
     assert np.abs(ours - theirs).max() <= 1e-9 * np.abs(theirs).max()
     x = torch.randn(5, shape[1], dtype=torch.float64)
     assert np.abs(model(x).detach().numpy() - x.numpy() @ theirs.T).max() <= 1e-9 * np.abs(x.numpy() @ theirs.T).max()
+
+
+def kinds(structure):
+    """The classes that a structure is made of, from outside in."""
+    inner = [getattr(structure, f.name) for f in fields(structure)]
+    return [type(structure).__name__, *(kind for s in inner if isinstance(s, Structure) for kind in kinds(s))]
+
+
+def test_every_method_has_a_reference():
+    known = catalogue()
+    assert known.keys() == REFERENCES.keys() | SAME.keys() and not REFERENCES.keys() & SAME.keys()
+    for name, other in SAME.items():
+        assert kinds(known[name].recipe.structure) == kinds(known[other].recipe.structure), (name, other)
+
+
+def test_no_two_names_are_one_method():
+    """Of one reference, they differ in start, solver, rank plan, penalties or dropout."""
+    points = {}
+    for name, entry in catalogue().items():
+        r = entry.recipe
+        rest = (r.init, r.solver, r.ranks, r.penalties, r.dropout, getattr(r.structure, "links", None))
+        points.setdefault((SAME.get(name, name), repr(rest)), []).append(name)
+    assert not [names for names in points.values() if len(names) > 1]
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n} {o}" for n, o in CASES])

@@ -106,6 +106,10 @@ class ConvHost(LayerHost):
         bias = self.module.bias
         return y if bias is None else y + bias.reshape(-1, *(1,) * len(self.module.kernel_size))
 
+    def turn(self, op: LinearOperator, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        y, dims = run(x), len(self.module.kernel_size)
+        return op.mv(y.flatten(-dims).mT).mT.reshape(y.shape)
+
     def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         y = run(x)
         return y * scale.to(y.dtype).reshape(*scale.shape, *(1,) * len(self.module.kernel_size))

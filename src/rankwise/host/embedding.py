@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rankwise.errors import TargetError
 from rankwise.host.linear import scale_last
 from rankwise.host.norms import dense_row_norm
-from rankwise.host.site import LayerHost, Site
+from rankwise.host.site import LayerHost, Site, turn_last
 from rankwise.ops import Dense, LinearOperator
 from rankwise.ops.operator import gather_rows
 
@@ -72,6 +72,9 @@ class EmbeddingHost(LayerHost):
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
         pad = self.module.padding_idx
         return y if pad is None else torch.where((x == pad).unsqueeze(-1), self(x), y)
+
+    def turn(self, op: LinearOperator, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return turn_last(op, run(x))
 
     def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return scale_last(run(x), scale)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.host.norms import factored_row_norm
-from rankwise.host.site import Correction, LayerHost, Site, flat_tokens
+from rankwise.host.site import Correction, LayerHost, Site, flat_tokens, turn_last
 from rankwise.ops import LinearOperator, Product, Scaled, Sum
 from rankwise.ops.form import Form, cheapest
 from rankwise.ops.fused import Edited, Part
@@ -52,7 +52,7 @@ class _MatrixHost(LayerHost):
         return op.mv(flat_tokens(x)).reshape(*x.shape[:-1], op.shape[0])
 
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
-        return self(op.mv(flat_tokens(x)).reshape(x.shape))
+        return self(turn_last(op, x))
 
     def part(self, correction: Correction, x: Tensor) -> Part | None:
         op, scale = unscaled(correction.op)
@@ -100,6 +100,9 @@ class _MatrixHost(LayerHost):
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
         bias = self.module.bias
         return y if bias is None else y + bias.to(y.dtype)
+
+    def turn(self, op: LinearOperator, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return turn_last(op, run(x))
 
     def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return scale_last(run(x), scale)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankwise.host.linear import scale_last
 from rankwise.host.norms import dense_row_norm
-from rankwise.host.site import Correction, Host, Site, Stored
+from rankwise.host.site import Correction, Host, Site, Stored, turn_last
 from rankwise.ops import LinearOperator
 from rankwise.ops.fused import Part
 from rankwise.weights import weight_of
@@ -81,6 +81,9 @@ class TransposedHost(Host):
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         # (W R)^T = R^T W^T: the rotation of the embedding's input acts on the head's output
         return op.T.mv(self.head(x))
+
+    def turn(self, op: LinearOperator, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return run(turn_last(op.T, x))
 
     def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return run(scale_last(x, scale))  # rows of the embedding are the head's input units

@@ -68,6 +68,11 @@ def flat_tokens(x: Tensor) -> Tensor:
     return x if x.dim() in (2, 3) else x.flatten(1, -2)
 
 
+def turn_last(op: LinearOperator, y: Tensor) -> Tensor:
+    """Apply ``op`` (*batch, M, M) to the last dim of y (*batch, ..., M)."""
+    return op.mv(flat_tokens(y)).reshape(y.shape)
+
+
 class Correction(NamedTuple):
     """What is put on a weight W: ``m/n * (W + op)``, m/n scaling the rows where there is a magnitude.
 
@@ -150,6 +155,10 @@ class Host(ABC):
     @abstractmethod
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         """The frozen map after ``op`` (in, in) has acted on its input."""
+
+    @abstractmethod
+    def turn(self, op: LinearOperator, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``run(x)`` with the matrix behind it multiplied by ``op`` (out, out) from the left."""
 
     @abstractmethod
     def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -238,6 +247,10 @@ class Through(Host):
         return self.host.mv(op, x)
 
     @final
+    def turn(self, op: LinearOperator, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return self.host.turn(op, run, x)
+
+    @final
     def scale_rows(self, scale: Tensor, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return self.host.scale_rows(scale, run, x)
 
@@ -267,5 +280,5 @@ class Adapted(Through):
         while isinstance(layer, Adapted):
             layer = layer.host
         if layer.kind == "linear":
-            return self(op.mv(flat_tokens(x)).reshape(x.shape))
+            return self(turn_last(op, x))
         return self.host.mv(Dense(op.T.mv(self.weight())), x)

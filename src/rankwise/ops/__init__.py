@@ -1,9 +1,14 @@
 """The algebra of linear operators: the bottom of the library, over torch alone."""
 
-from rankwise.ops.atoms import BlockDiagonal, Dense, Diagonal, Hadamard, Kronecker, Product, Scaled, Sum
+from rankwise.ops.atoms import BlockDiagonal, Circuit, Dense, Diagonal, Hadamard, Kronecker, Product, Scaled, Sum
+from rankwise.ops.entries import Placed, Sine
 from rankwise.ops.operator import LinearOperator, LowRank
+from rankwise.ops.patterned import Patterned
+from rankwise.ops.sparse import Butterfly, Pairs
+from rankwise.ops.spectral import Circulant, Fourier, Haar, Sparse
 
 __all__ = [
-    "BlockDiagonal", "Dense", "Diagonal", "Hadamard", "Kronecker", "LinearOperator", "LowRank", "Product", "Scaled",
+    "BlockDiagonal", "Butterfly", "Circuit", "Circulant", "Dense", "Diagonal", "Fourier", "Haar", "Hadamard",
+    "Kronecker", "LinearOperator", "LowRank", "Pairs", "Patterned", "Placed", "Product", "Scaled", "Sine", "Sparse",
     "Sum",
 ]  # fmt: skip

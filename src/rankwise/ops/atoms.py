@@ -4,10 +4,12 @@ Dynamo cannot trace ``@`` on user objects, hence ``Product(l, r)`` and not ``l @
 Letters: M rows, N columns, r rank, T tokens, k blocks, b block size; (*batch) everywhere.
 """
 
+from collections.abc import Sequence
+from math import prod
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.ops.operator import Cost, LinearOperator, LowRank, gradients_of
 
@@ -294,3 +296,55 @@ class BlockDiagonal(LinearOperator):
     def cost(self) -> Cost:
         (m, n), k = self.shape, self.blocks.shape[-3]
         return Cost(m * n // k, m * n)
+
+
+@final
+class Circuit(LinearOperator):
+    r"""Gates on pairs of axes, as in a quantum circuit: rows are padded to ``modes``, each gate acts, rows are cut.
+
+    Args:
+        gates: matrices (\*batch, d_i d_j, d_i d_j), the first acts first.
+        axes: the pair (i, j) of each, as axes of ``modes``.
+        modes: d_1, ..., d_N; their product is at least M and N.
+        shape: M and N.
+    """
+
+    def __init__(
+        self, gates: Sequence[Tensor], axes: Sequence[tuple[int, int]], modes: Sequence[int], shape: tuple[int, int]
+    ) -> None:
+        self.axes, self.modes, self.shape = tuple(axes), tuple(modes), shape
+        for i, gate in enumerate(gates):
+            setattr(self, f"gate{i}", gate)  # where leaves() finds them
+
+    @property
+    def gates(self) -> list[Tensor]:
+        """The gates in order."""
+        return [getattr(self, f"gate{i}") for i in range(len(self.axes))]
+
+    def mv(self, x: Tensor) -> Tensor:
+        m, n = self.shape
+        x = nn.functional.pad(x, (0, prod(self.modes) - n)).unflatten(-1, self.modes)
+        for gate, (i, j) in zip(self.gates, self.axes, strict=True):
+            at = i - len(self.modes), j - len(self.modes)
+            x = x.movedim(at, (-2, -1))
+            y = x.reshape(*gate.shape[:-2], -1, gate.shape[-1]) @ gate.to(x.dtype).mT
+            x = y.reshape(x.shape).movedim((-2, -1), at)
+        return x.flatten(-len(self.modes))[..., :m]
+
+    def dense(self) -> Tensor:
+        first, n = self.gates[0], self.shape[1]
+        eye = torch.eye(n, dtype=first.dtype, device=first.device)
+        return self.mv(eye.expand(*first.shape[:-2], n, n)).mT
+
+    @property
+    def T(self) -> LinearOperator:
+        m, n = self.shape
+        return Circuit([gate.mT for gate in reversed(self.gates)], self.axes[::-1], self.modes, (n, m))
+
+    def lower(self) -> LowRank | None:
+        return None
+
+    @property
+    def cost(self) -> Cost:
+        apply = prod(self.modes) * sum(self.modes[i] * self.modes[j] for i, j in self.axes)
+        return Cost(apply, self.shape[1] * apply)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -13,7 +13,7 @@ from rankwise.adapter import SiteFactors
 from rankwise.errors import IncompatibleAxes
 from rankwise.penalties.penalty import AfterStep, BeforeStep, Rates, Term
 from rankwise.structures.adversary import SECOND
-from rankwise.structures.structure import trained_pairs
+from rankwise.structures.structure import SIDES, trained_pairs
 
 
 def pairs(site: SiteFactors) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
@@ -26,6 +26,18 @@ def pairs(site: SiteFactors) -> Iterator[tuple[nn.Parameter, nn.Parameter, float
 def squared_norm(b: Tensor, a: Tensor, scale: float) -> Tensor:
     """``|s b a|^2`` in the Frobenius norm, without the product: (*batch,)."""
     return scale**2 * ((b.mT @ b) * (a @ a.mT)).sum((-2, -1)).clamp_min(0)
+
+
+def trained(sites: Iterable[SiteFactors], *wanted: tuple[str, ...]) -> list[nn.Parameter]:
+    """Every trained factor of these dims."""
+    found = ((p, tuple(s.described[name].dims)) for s in sites for name, p in s.own().items())
+    return [p for p, dims in found if p.requires_grad and dims in wanted]
+
+
+def excess(p: Tensor) -> Tensor:
+    """``a a^T - I``, ``b^T b - I``: of the smaller side, (*batch, rank, rank)."""
+    gram = p @ p.mT if p.shape[-2] <= p.shape[-1] else p.mT @ p
+    return gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
 @final
@@ -45,15 +57,55 @@ class Orthogonality(Term):
     gamma: float = 0.1
 
     def __call__(self, adapter: Any, step: int) -> Tensor:
-        found = []
-        for site in adapter.sites.values():
-            for name, factor in site.described.items():
-                dims, p = tuple(factor.dims), site.get_parameter(name)
-                if p.requires_grad and dims in (("rank", "in"), ("out", "rank")):
-                    gram = p @ p.mT if dims[0] == "rank" else p.mT @ p
-                    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-                    found.append((gram - identity).square().sum((-2, -1)).mean())
+        found = [excess(p).square().sum((-2, -1)).mean() for p in trained(adapter.sites.values(), *SIDES)]
         return self.gamma * torch.stack(found).mean()
+
+
+@final
+@dataclass(frozen=True)
+class OrthonormalPull(BeforeStep):
+    """Adds ``gamma / lr`` times the gradient of the mean of ``|A A^T - I|`` and ``|B^T B - I|`` (SORSA; 2409.00055).
+
+    The mean is over all trained factors. Its step in gradient descent is gamma, whatever the learning rate.
+
+    Attributes:
+        gamma: size of that step.
+    """
+
+    requires = frozenset({"lowrank"})
+
+    gamma: float = 4e-4
+
+    def before(self, sites: Sequence[SiteFactors], rates: Rates, step: int) -> None:
+        found = [p for p in trained(sites, *SIDES) if p.grad is not None and rates[p]]
+        for p in found:
+            e = excess(p)
+            e = e / torch.linalg.matrix_norm(e, keepdim=True).clamp_min(1e-30)
+            share = self.gamma / rates[p] / len(found) / math.prod(p.shape[:-2])
+            assert p.grad is not None
+            p.grad.add_(e @ p if e.shape[-1] == p.shape[-2] else p @ e, alpha=2 * share)
+
+
+@final
+@dataclass(frozen=True)
+class SingularValues(Term):
+    """``beta sum |e|^2 + gamma sum (|A A^T - I| + |B^T B - I|)`` over the sites (KaSA; arXiv 2412.06071, Eq. 9 to 11).
+
+    Attributes:
+        beta: weight of the singular values e.
+        gamma: weight of what the factors lack to orthonormal rows and columns.
+    """
+
+    requires = frozenset({"lowrank"})
+
+    beta: float = 1e-4
+    gamma: float = 1e-3
+
+    def __call__(self, adapter: Any, step: int) -> Tensor:
+        sites = adapter.sites.values()
+        terms = [self.beta * e.square().sum() for e in trained(sites, ("rank",))]
+        terms += [self.gamma * torch.linalg.matrix_norm(excess(p)).sum() for p in trained(sites, *SIDES)]
+        return torch.stack(terms).sum()
 
 
 @final

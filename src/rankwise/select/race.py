@@ -17,7 +17,7 @@ from rankwise.select.evidence import Verdict, compare, holm
 from rankwise.select.ledger import Entry, Ledger, code
 from rankwise.select.matching import matched, sizes
 from rankwise.select.robustness import measures, noisy
-from rankwise.select.tune import ONCE, Tuned, Tuning, tune
+from rankwise.select.tune import ONCE, Tuned, Tuning, searched, tune
 
 __all__ = ["AGAIN", "REFERENCE", "Checks", "Race", "Row", "arms", "race"]
 
@@ -214,7 +214,8 @@ def race(
     runs = arms(run, methods, match)
     for other in (test, run.validation):
         _apart(run.data, other)
-    tuned = {name: tune(one, ledger, tuning, say) for name, one in runs.items()}
+    needed = (REFERENCE, FULL)  # without which nothing is said; any other method may fail
+    tuned = {name: (tune if name in needed else searched)(one, ledger, tuning, say) for name, one in runs.items()}
     finals = {name: replace(found.run, validation=test or run.validation) for name, found in tuned.items()}
     if match == "seconds":
         steps = {name: _steps(found, tuned[REFERENCE], tuning) for name, found in tuned.items()}

@@ -121,6 +121,18 @@ def tune(run: Run, ledger: Ledger, tuning: Tuning = ONCE, say: Say = lambda _: N
         TrainingError: no rate trains.
         RankwiseError: whatever else is wrong with the run.
     """
+    found = searched(run, ledger, tuning, say)
+    if not math.isfinite(found.loss):
+        rates = [trial.lr for trial in found.trials]
+        raise TrainingError(
+            f"Some rate between {min(rates):.3g} and {max(rates):.3g} should train; all failed: "
+            f"{found.entries[-1].error} Give a lower lr."
+        )
+    return found
+
+
+def searched(run: Run, ledger: Ledger, tuning: Tuning, say: Say) -> Tuned:
+    """As :func:`tune`; where no rate trains, the loss is infinite."""
     if run.validation is None:
         raise DataError("A rate is chosen by the loss on validation data; give a file or a share, such as 0.1.")
     middle = tuning.centre * (recipe_of(run).lr if isinstance(run.lr, str) else run.lr)
@@ -148,10 +160,6 @@ def tune(run: Run, ledger: Ledger, tuning: Tuning = ONCE, say: Say = lambda _: N
         for trial in asked:
             study.tell(trial, losses[trial.number])
     loss, lr = min(best)
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"Some rate between {low:.3g} and {high:.3g} should train; all failed: {entries[-1].error} Give a lower lr."
-        )
     edge = not low * 1.0001 < lr < high * 0.9999
     return Tuned(replace(run, lr=lr), loss, tuple(trials), tuple(entries), edge)
 

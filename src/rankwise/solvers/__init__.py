@@ -8,10 +8,11 @@ from rankwise.solvers.muon import Muon
 from rankwise.solvers.projected import Apollo, ApolloMini, Fira, Flora, GaLore
 from rankwise.solvers.sgd import SGD
 from rankwise.solvers.solver import Solver
+from rankwise.solvers.stiefel import Landing, StelLA
 from rankwise.solvers.tangent import LoRAPro, Riemannion
 
 __all__ = [
-    "ALS", "AdamW", "AltLoRA", "AltLoRAPlus", "Apollo", "ApolloMini", "Chained", "Fira", "Flora", "GaLore", "LoFT",
-    "LoRAPlus", "LoRAPro", "LoRARITE", "Muon", "RefLoRA", "RefLoRAS", "Riemannion", "RoLoRA", "SGD", "ScaledAdamW",
-    "ScaledGD", "Solver", "Transform",
+    "ALS", "AdamW", "AltLoRA", "AltLoRAPlus", "Apollo", "ApolloMini", "Chained", "Fira", "Flora", "GaLore",
+    "Landing", "LoFT", "LoRAPlus", "LoRAPro", "LoRARITE", "Muon", "RefLoRA", "RefLoRAS", "Riemannion", "RoLoRA", "SGD",
+    "ScaledAdamW", "ScaledGD", "Solver", "StelLA", "Transform",
 ]  # fmt: skip

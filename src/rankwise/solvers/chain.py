@@ -22,6 +22,7 @@ from rankwise.structures.wrappers import keep
 PAIR = ("b", "a")
 HALF = ("b",)  # of a pair whose a is frozen
 ALONE = ("value",)
+FRAME = ("frame",)  # of orthonormal columns, or rows
 
 
 @dataclass
@@ -140,7 +141,7 @@ class ChainOptimizer(torch.optim.Optimizer):
     Args:
         groups: each with "params" (the units' factors, one unit after the other), "roles" (of a unit's factors),
             "scales" (one a unit) and "lr".
-        chain: the transforms for pairs.
+        chain: the transforms for pairs, or for frames.
         alone: the transforms for all other factors.
         frozen: b -> a of the pairs whose a is frozen.
     """
@@ -152,7 +153,7 @@ class ChainOptimizer(torch.optim.Optimizer):
         alone: Sequence[Transform],
         frozen: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
-        self.chains = {PAIR: tuple(chain), ALONE: tuple(alone)}
+        self.chains = {PAIR: tuple(chain), FRAME: tuple(chain), ALONE: tuple(alone)}
         self.frozen = dict(frozen or {})
         self._stacks: dict[int, list[_Stack]] = {}
         super().__init__(groups, {"lr": 0.0})

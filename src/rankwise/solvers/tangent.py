@@ -181,11 +181,15 @@ class Ride(Transform):
             move, r = tangent @ back / step.scale, b.shape[-1]
             move[..., r:, r:] = 0
         x, s, y = leading((1 - step.lr * self.weight_decay) * point - step.lr * move)
-        step.values = {"b": left.columns(x * s.sqrt()), "a": right.columns(y * s.sqrt()).mT}
-        step.update = {}
         over = torch.where(s > s[..., :1] * torch.finfo(b.dtype).eps, s, torch.inf).rsqrt()
-        step.state["mean.b"] = left.columns(tangent @ y * over)  # its part along the new b is left out by the next step
-        step.state["mean.a"] = right.columns(tangent.mT @ x * over).mT
+        # the part of the mean along the new b is left out by the next step
+        mean = {"b": left.columns(tangent @ y * over), "a": right.columns(tangent.mT @ x * over).mT}
+        after = {"b": left.columns(x * s.sqrt()), "a": right.columns(y * s.sqrt()).mT}
+        moved = s[..., :1] > 0  # a zero product has no factors to be read off (b = 0 and a rate of 0)
+        for role, (old, carried) in {"b": (b, h_b), "a": (a, h_a)}.items():
+            step.state[f"mean.{role}"] = torch.where(moved, mean[role], carried)
+            step.values[role] = torch.where(moved, after[role], old)
+        step.update = {}
 
 
 @final

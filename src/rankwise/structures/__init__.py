@@ -1,18 +1,40 @@
 """Structures: how trainable factors become an update, and how it meets the frozen weight."""
 
+from rankwise.structures.augmented import ABBA, GLoRA, MoRA, PRoLoRA, SineLoRA
+from rankwise.structures.blocks import BoRA, GraLoRA, MELoRA
+from rankwise.structures.bounded import Bat, BlockLoRA, DeLoRA, MiSS
 from rankwise.structures.chains import Chain, Delta
 from rankwise.structures.convolutions import CrossGroup, PatchOFT
+from rankwise.structures.gates import IA3, RoAd
 from rankwise.structures.lowrank import Core, Gated, InputSide, LoRA, LoRAFA, SVDForm, Switched
 from rankwise.structures.products import HiRA, LoHa, LoKr
-from rankwise.structures.rotations import OFT
+from rankwise.structures.rotations import BOFT, HRA, OFT, PSOFT
 from rankwise.structures.shared import ShareLoRA, TiedLoRA, VeRA
-from rankwise.structures.structure import Added, Additive, Begun, Factor, Factors, Gate, Rotation, Start, Structure
+from rankwise.structures.spectral_domain import C3A, FouRA, FourierFT, SHiRA, WaveFT
+from rankwise.structures.structure import (
+    Added,
+    Additive,
+    Begun,
+    Factor,
+    Factors,
+    Gate,
+    Rotation,
+    Sided,
+    Start,
+    Structure,
+)
+from rankwise.structures.tensors import LoRETTA, QuanTA, TTLoRA
+from rankwise.structures.tensors_across import CaRA, FacTTK, FacTTT, LoRTA, LoTR, MetaTT
+from rankwise.structures.threefactor import SVFT, ThreeFactor, TinyLoRA, Truncated
 from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
-    "OFT", "Added", "Additive", "Anchored", "Begun", "Chain", "Core", "CrossGroup", "Delta", "Factor", "Factors",
-    "Gate", "Gated", "HiRA", "InputSide", "LoHa", "LoKr", "LoRA", "LoRAFA", "Magnitude", "PatchOFT", "Replace",
-    "Rotation", "Rows", "SVDForm", "ShareLoRA", "Stack", "Start", "Structure", "Switched", "TiedLoRA", "TokenRows",
-    "VeRA",
+    "ABBA", "BOFT", "C3A", "HRA", "IA3", "OFT", "PSOFT", "SVFT", "Added", "Additive", "Anchored", "Bat", "Begun",
+    "BlockLoRA", "BoRA", "CaRA", "Chain", "Core", "CrossGroup", "DeLoRA", "Delta", "FacTTK", "FacTTT", "Factor",
+    "Factors", "FouRA", "FourierFT", "GLoRA", "Gate", "Gated", "GraLoRA", "HiRA", "InputSide", "LoHa", "LoKr",
+    "LoRA", "LoRAFA", "LoRETTA", "LoRTA", "LoTR", "MELoRA", "Magnitude", "MetaTT", "MiSS", "MoRA", "PRoLoRA",
+    "PatchOFT", "QuanTA", "Replace", "RoAd", "Rotation", "Rows", "SHiRA", "SVDForm", "ShareLoRA", "Sided",
+    "SineLoRA", "Stack", "Start", "Structure", "Switched", "TTLoRA", "ThreeFactor", "TiedLoRA", "TinyLoRA",
+    "TokenRows", "Truncated", "VeRA", "WaveFT",
 ]  # fmt: skip

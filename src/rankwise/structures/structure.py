@@ -67,6 +67,13 @@ class Factor:
         """The sizes, in order."""
         return tuple(self.dims.values())
 
+    def inside(self, value: Tensor) -> bool:
+        """Whether whole numbers lie within their bounds; True of any other factor."""
+        return not self.below or bool(((value >= 0) & (value < self.below)).all())
+
+
+SIDES = (("rank", "in"), ("out", "rank"))  # dims of a and b
+
 
 def trained_pairs(described: Mapping[str, Factor]) -> list[tuple[str, str, float]]:
     """The names of b and a, and s, of every trained product ``s * b @ a``."""
@@ -98,6 +105,7 @@ class Structure(ABC):
     - ``product``: every trained update is ``s * b @ a``, so dL/db = s G a^T and dL/da = s b^T G, G = dL/dW;
     - ``pair``: it is, and both factors of each product are trained;
     - ``core``: the update is ``s * b @ c @ a`` and c alone is trained;
+    - ``frames``: it has trained factors b (out, rank) and a (rank, in) that start with orthonormal columns and rows;
     - ``input_side``: the update is ``s * b @ a`` and a alone is trained;
     - ``two_sided``: some factors lie on the "out" side and others on the "in" side;
     - ``anchored``: may start anywhere, since the start is subtracted;
@@ -216,6 +224,26 @@ class Rotation(Leaf):
     @final
     def weight(self, f: Factors, w: Tensor) -> Tensor:
         return self.operator(f).T.mv(w)
+
+
+class Sided(Leaf):
+    """``L W R``: operators on the output and on the input of the frozen map."""
+
+    @abstractmethod
+    def sides(self, f: Factors) -> tuple[LinearOperator | None, LinearOperator | None]:
+        """L (out, out) and R (in, in), None for the identity."""
+
+    @final
+    def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
+        left, right = self.sides(f)
+        run = host if right is None else lambda x: host.rotate(right, x)
+        return run(x) if left is None else host.turn(left, run, x)
+
+    @final
+    def weight(self, f: Factors, w: Tensor) -> Tensor:
+        left, right = self.sides(f)
+        w = w if right is None else right.T.mv(w)
+        return w if left is None else left.mv(w.mT).mT
 
 
 class Gate(Leaf):

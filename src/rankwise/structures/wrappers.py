@@ -122,7 +122,7 @@ class Anchored(Added):
                 f"An anchor subtracts the update's start, so the update must be additive; found Anchored("
                 f"{self.inner!r}). Anchor the additive structure inside instead: Magnitude(Anchored(LoRA(...)))."
             )
-        keep(self, traits=self.inner.traits | {"anchored", "identity_to_rounding"})
+        keep(self, traits=self.inner.traits - {"moves_at_start"} | {"anchored", "identity_to_rounding"})
 
     def factors(self, site: Site) -> dict[str, Factor]:
         inner = self.inner.factors(site)

@@ -51,7 +51,7 @@ def worst(many: Iterable[Mapping[str, float]]) -> Figures:
 
 @torch.no_grad()
 def randomise(adapter: Adapter, outputs: Callable[[], Tensor], generator_seed: int = 0) -> float:
-    """Draw every factor at random around its start, so far that the outputs move by 1 %.
+    """Draw every factor at random around its start, so far that the outputs move by 1 %; whole numbers stay.
 
     Args:
         adapter: the adapter, at its start.

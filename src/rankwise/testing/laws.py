@@ -261,6 +261,15 @@ def _descent(recipe: Recipe) -> float:
     held = sorted(id(p) for group in groups for p in group["params"])
     assert held == sorted(map(id, adapter.parameters())), f"{where}: its groups do not hold each factor once"
     optimizer = adapter.optimizer(lr=3e-3)
+    rates, before = [group["lr"] for group in optimizer.param_groups], model(x)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # as a warm-up begins
+    (before - y).square().mean().backward()
+    optimizer.step()
+    moved = float((model(x) - before).detach().abs().max() / before.detach().abs().max())
+    assert moved <= TOLERANCE, f"{where}: a step at rate 0 moves the outputs by {moved:.2g}"
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
     for _ in range(21):
         loss = (model(x) - y).square().mean()
         losses.append(loss.item())

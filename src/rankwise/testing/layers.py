@@ -22,6 +22,7 @@ from rankwise.structures import (
     Replace,
     SVDForm,
     Switched,
+    ThreeFactor,
 )
 
 
@@ -117,5 +118,6 @@ LAYERS: tuple[Layer, ...] = (
 SAMPLES = (
     *(LoRA(4), LoRAFA(4), SVDForm(4), LoKr(4), LoHa(4), Replace(), Core(4), InputSide(4)),
     *(Magnitude(LoRA(4)), Anchored(LoRA(4)), Anchored(SVDForm(4))),
+    ThreeFactor(4),
     *(Switched(4), Chain(LoRA(4)), Chain(LoRA(4), 2), Delta(LoRA(4))),
 )

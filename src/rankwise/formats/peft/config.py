@@ -29,13 +29,29 @@ _KNOWN = """
     oft_block_size orth_reg_weight peft_type peft_version qalora_group_size r rank_dropout rank_dropout_scale
     rank_pattern revision runtime_config target_modules target_parameters target_r task_type tfinal tinit
     token_indices total_step trainable_token_indices use_cayley_neumann use_dora use_effective_conv2d use_rslora
+    kasa_config init_v_bound projection_seed save_projection tinylora_dropout u weight_tying
 """
+# settings of the methods in augmented.py, rotating.py and spectral_domain.py, as above
+_KNOWN += """
+    config_A_B config_C config_D_E gralora_dropout gralora_k hybrid_r
+    ab_svd_init boft_block_num boft_block_size boft_dropout boft_n_butterfly_factor delora_lambda
+    feedforward_modules group_size init_ia3_weights lambda_pattern mini_r miss_dropout psoft_alpha psoft_dropout
+    psoft_mag_a psoft_mag_b psoft_orth psoft_svd psoft_svd_lowrank_niter random_seed use_bdlora variant
+    block_size block_size_pattern mask_type n_frequency n_frequency_pattern proportional_parameters random_loc_seed
+    scaling use_idwt wavelet_family
+"""
+_DEFAULTS |= dict(config_A_B="lora", gralora_k=2, hybrid_r=0)
+# dropout of the layer's input, by method
+DROPOUTS = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout"}
+DROPOUTS |= {"GRALORA": "gralora_dropout", "TINYLORA": "tinylora_dropout"}
+DROPOUTS |= {"MISS": "miss_dropout", "PSOFT": "psoft_dropout"}
 # settings that change the map, in ways that no structure here expresses
 _LOST = """
-    alora_invocation_tokens arrow_config coft kasa_config layer_replication megatron_config monteclora_config
-    use_bdlora use_qalora velora_config
+    alora_invocation_tokens apply_GS arrow_config coft layer_replication megatron_config monteclora_config
+    use_qalora velora_config
 """
 _INITS = {"true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lycoris", "pissa"}
+_INITS |= {"uniform", "bat", "mini", "kaiming_uniform", "xavier_uniform"}
 
 
 def read_config(folder: Path, left: list[str]) -> dict[str, Any]:
@@ -60,7 +76,8 @@ def read_config(folder: Path, left: list[str]) -> dict[str, Any]:
     init = str(found.get("init_lora_weights", found.get("init_weights"))).lower()
     if init not in _INITS:
         raise ConversionError(f'init_lora_weights="{init}" edits the base, and the file lacks the edit. {RESAVE}')
-    training = [key for key in ("module_dropout", "rank_dropout") if found.get(key)]
+    training = ("module_dropout", "rank_dropout", "boft_dropout", "weight_tying")
+    training = [key for key in training if found.get(key)]
     left += [f"{key}={found[key]}, which acts in PEFT's training only" for key in training]
     return {**_DEFAULTS, **found}
 

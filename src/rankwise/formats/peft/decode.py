@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.errors import ConversionError, FileFormatError
 from rankwise.formats.peft.config import MERGE, RESAVE, pattern
-from rankwise.formats.peft.layout import METHODS, Place, check, ours
+from rankwise.formats.peft.layout import METHODS, Place, check, made_anew, ours
+from rankwise.formats.peft.rotating import block_lora
 from rankwise.host import LAYER, Site, host_of
 from rankwise.inits import Principal
-from rankwise.structures import OFT, Anchored, HiRA, LoHa, LoKr, LoRA, Magnitude, Structure, SVDForm
+from rankwise.structures import OFT, Anchored, Gated, HiRA, LoHa, LoKr, LoRA, Magnitude, Structure, SVDForm, Truncated
 from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.wrappers import named
 
@@ -30,24 +31,39 @@ def decode(
     try:
         f = ours(kind, place, tensors)
         structure = _structure(config, place, f)
+        if structure.factors(site).keys() - f.keys():
+            f |= {k: v for k, v in made_anew(structure, site, module).items() if k not in f}
     except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
         raise FileFormatError(f"Tensors and settings of {site.name} do not fit each other ({error!r}).") from error
+    check(kind, site, module, structure)
     if kind == "LORA" and str(config.get("init_lora_weights")).lower() == "pissa" and site.kind != "embedding":
         if site.kind != "linear":
             raise ConversionError(f"A PiSSA is rebuilt for linear layers; {site.name} is a {site.kind}. {RESAVE}")
         # the start that PEFT has cut out of the base
         f |= named("anchor", Principal()(site, structure, host_of(module, LAYER).weight, None))
         structure = Anchored(structure)
+    if config.get("kasa_config"):
+        if not isinstance(structure, LoRA) or not isinstance(module, nn.Linear):
+            raise ConversionError(f"A KaSA is rebuilt for plain linear layers; {site.name} is none. {MERGE}")
+        gated = Gated(structure.rank, structure.alpha, structure.scale_rule)
+        structure = Truncated(gated, gated.rank)  # PEFT has cut it out of the base
+        f = structure.start(site, host_of(module, LAYER).weight, lambda structure, site, weight, f=f: f)
     if config.get("use_dora") and site.groups > 1:
         raise ConversionError(f"PEFT's LoRA of {site.name} crosses its groups: no weight for a DoRA. {MERGE}")
     if config.get("use_dora"):
         structure = Magnitude(structure)
     lead = () if site.stack is None else (site.stack,)
-    want = {name: (*lead, *factor.shape) for name, factor in structure.factors(site).items()}
+    described = structure.factors(site)
+    want = {name: (*lead, *factor.shape) for name, factor in described.items()}
     have = {name: tuple(value.shape) for name, value in f.items()}
     if want != have:
         raise FileFormatError(f"{site.name} needs factors of the shapes {want}; the file gives {have}.")
-    return structure, {k: v.to(torch.promote_types(v.dtype, torch.float32)).contiguous().clone() for k, v in f.items()}
+    if not all(factor.inside(f[name]) for name, factor in described.items()):
+        raise FileFormatError(
+            f"Entries of {site.name} lie on its {site.rows} x {site.cols} places; the file has others."
+        )
+    wide = {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in f.items() if v.is_floating_point()}
+    return structure, {k: v.contiguous().clone() for k, v in {**f, **wide}.items()}
 
 
 def _structure(config: Mapping[str, Any], place: Place, f: dict[str, Tensor]) -> Structure:
@@ -76,10 +92,12 @@ def _structure(config: Mapping[str, Any], place: Place, f: dict[str, Tensor]) ->
             f["b"], f["e"] = f["b"] * f["e"], torch.ones(min(site.rows, site.cols))
         kept = _fit(f, site, r)
         return SVDForm(kept, (alpha if alpha > 0 else first) / (first + 1e-5) * kept)  # whatever the rank is by now
+    rule, power = ("alpha/sqrt(r)", 0.5) if config.get("use_rslora") else ("alpha/r", 1)
+    if found := config.get("use_bdlora") and block_lora(config["use_bdlora"]["nblocks"], site, f, alpha, rule):
+        return found
     across = kind == "LORA" and site.groups > 1
     kept = r if across else _fit(f, site, r)
     if kind == "LORA":
-        rule, power = ("alpha/sqrt(r)", 0.5) if config.get("use_rslora") else ("alpha/r", 1)
         return (CrossGroup if across else LoRA)(kept, alpha * (kept / r) ** power, rule)
     return HiRA(kept) if kind == "HIRA" else LoHa(kept, alpha / r * kept)
 

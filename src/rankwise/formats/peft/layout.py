@@ -5,7 +5,7 @@ B (out, r, 1...); experts side by side, A (experts r, in) and B (out, r experts)
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from rankwise.candidates import Candidate, base_modules, candidates
 from rankwise.errors import ConversionError
+from rankwise.formats.peft import augmented, rotating, spectral_domain, threefactor
 from rankwise.formats.peft.method import Method
-from rankwise.host import LAYER, Site
-from rankwise.structures import OFT, HiRA, LoHa, LoKr, LoRA, SVDForm
+from rankwise.host import LAYER, Site, host_of
+from rankwise.inits import Kaiming
+from rankwise.structures import OFT, HiRA, LoHa, LoKr, LoRA, Structure, SVDForm
+from rankwise.structures.convolutions import PatchOFT
 
-_PAIR = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_PAIR = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector", "e": "lora_diag"}
 _HADA = {"b1": "hada_w1_a", "a1": "hada_w1_b", "b2": "hada_w2_a", "a2": "hada_w2_b"}
 _KRON = {"c": "lokr_w1", "c_b": "lokr_w1_a", "c_a": "lokr_w1_b"}
 _KRON |= {"d": "lokr_w2", "d_b": "lokr_w2_a", "d_a": "lokr_w2_b"}
@@ -32,8 +35,9 @@ METHODS = {
     "LOHA": Method(LoHa, _HADA, ("Linear", "Conv1d", "Conv2d"), ("groups", "dilation")),
     "LOKR": Method(LoKr, _KRON, ("Linear", "Conv1d", "Conv2d"), ("groups", "dilation")),
     "HIRA": Method(HiRA, {"a": "hira_A", "b": "hira_B"}, _ALL, ("dilation",)),
-    "OFT": Method(OFT, {"q": "oft_R.weight"}, ("Linear", "Conv2d"), ("groups",)),
+    "OFT": Method(OFT, {"q": "oft_R.weight"}, ("Linear", "Conv2d"), ("groups",), kin=(PatchOFT,), square=True),
 }
+METHODS |= {**augmented.METHODS, **rotating.METHODS, **spectral_domain.METHODS, **threefactor.METHODS}
 
 
 def layer_of(site: Site, module: Any) -> str:
@@ -43,7 +47,7 @@ def layer_of(site: Site, module: Any) -> str:
     return {"linear": "Linear" if isinstance(module, nn.Linear) else "Conv1D"}.get(site.kind, site.kind)
 
 
-def check(kind: str, site: Site, module: Any) -> None:
+def check(kind: str, site: Site, module: Any, structure: Structure | None = None) -> None:
     """Refuse a layer that PEFT's method does not take, or on which it is another map than ours.
 
     Raises:
@@ -55,7 +59,9 @@ def check(kind: str, site: Site, module: Any) -> None:
         plain = {"padding_mode": "zeros", "transposed": False, "groups": 1, "dilation": (1,) * len(module.dilation)}
         facts = {k: getattr(module, k) for k, v in plain.items() if k not in method.free and getattr(module, k) != v}
         wrong += [f"{k}={v}" for k, v in facts.items()]
-        wrong += ["a kernel that is no square"] if kind == "OFT" and len({*module.kernel_size}) > 1 else []
+        wrong += ["a kernel that is no square"] if method.square and len({*module.kernel_size}) > 1 else []
+    if structure is not None and method.bias and method.bias(structure) and getattr(module, "bias", None) is not None:
+        wrong += ["a bias, on which PEFT's acts too"]
     if wrong:
         raise ConversionError(
             f"PEFT's {kind} is ours on {', '.join(method.layers)}, plain ones if convolutions; found {site.name} with "
@@ -123,7 +129,8 @@ def ours(kind: str, place: Place, tensors: Mapping[str, Tensor]) -> dict[str, Te
         raise ConversionError(
             f"Tensors of {site.name} are of no plain {kind}: {sorted(foreign)}. Merge it in PEFT, use the merged model."
         )
-    f = {names[k]: v.flatten() if k.endswith(("_E", "_vector")) else v.flatten(1) for k, v in found.items()}
+    lines = {k for k, v in found.items() if v.dim() < 2 or k.endswith(("_E", "_vector"))}
+    f = {names[k]: v.flatten() if k in lines else v if k == "tinylora_P" else v.flatten(1) for k, v in found.items()}
     if site.stack and {"a", "b"} <= f.keys():
         f["a"] = f["a"].reshape(site.stack, -1, site.cols)
         f["b"] = f["b"].reshape(site.rows, -1, site.stack).permute(2, 0, 1)  # expert index fastest
@@ -151,3 +158,12 @@ def theirs(kind: str, place: Place, module: Any, f: Mapping[str, Tensor]) -> dic
         f = {k: v.reshape(v.shape[0], *shapes[k]) if k in shapes else v for k, v in f.items()}
         f |= {k: v.reshape(1, -1, *ones) for k, v in f.items() if k == "magnitude"}
     return {METHODS[kind].names[k]: v.unsqueeze(-1) if k == "e" else v for k, v in f.items()}
+
+
+def made_anew(structure: Structure, site: Site, module: Any) -> dict[str, Tensor]:
+    """The factors at a structure's start, for those that follow from the weight, or are constant."""
+
+    def leaf(structure: Structure, site: Site, weight: Callable[[], Tensor]) -> Mapping[str, Tensor]:
+        return Kaiming()(site, structure, weight, None)
+
+    return structure.start(site, host_of(module, LAYER).weight, leaf)

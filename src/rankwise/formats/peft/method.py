@@ -1,7 +1,7 @@
 """What there is to know of one of PEFT's methods."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,12 @@ class Method:
         free: settings of a convolution that do no harm, as the update runs through the base's own.
         build: from PEFT's settings, with "r" and "alpha" as they are at this site, to our structure; the factors are
             changed in place where ours are others. None where :mod:`rankwise.formats.peft.decode` does it.
-        settings: the inverse, from our structure to PEFT's settings at a site.
+        settings: the inverse, from our structure to PEFT's settings at a site; the factors are changed in place. Those
+            that it leaves and that have no name are made anew by PEFT, as the structure's start is.
+        patterns: what PEFT calls a setting's values by name of the layer, for settings that have such.
+        kin: further structures of ours that it holds.
+        square: kernels have one size.
+        bias: whether PEFT's of a structure acts on the layer's bias too, which ours never does.
     """
 
     structure: type[Structure]
@@ -30,3 +35,7 @@ class Method:
     free: tuple[str, ...] = ()
     build: Callable[[Mapping[str, Any], Site, dict[str, Tensor]], Structure] | None = None
     settings: Callable[[Any, Site, dict[str, Tensor]], dict[str, Any]] | None = None
+    patterns: Mapping[str, str] = field(default_factory=lambda: {"r": "rank_pattern", "alpha": "alpha_pattern"})
+    kin: tuple[type[Structure], ...] = ()
+    square: bool = False
+    bias: Callable[[Any], bool] | None = None

@@ -19,7 +19,8 @@ from rankwise.adapter import Placement
 from rankwise.attachment import Adapter, check_name, install
 from rankwise.candidates import base_modules, output_head
 from rankwise.errors import BaseMismatch, ConversionError, FileFormatError
-from rankwise.formats.peft.config import MERGE, meant, read_config, targeted
+from rankwise.formats.peft import threefactor
+from rankwise.formats.peft.config import DROPOUTS, MERGE, meant, read_config, targeted
 from rankwise.formats.peft.decode import decode
 from rankwise.formats.peft.layout import METHODS, places
 from rankwise.host import LAYER, ParameterHost, host_of
@@ -181,7 +182,7 @@ def _recipe(load: _Loading) -> Recipe:
     at = {Target(name, "glob"): p.structure for name, (p, _) in load.placed.items()}
     rest = {t: s for t, s in at.items() if not isinstance(s, Replace | TokenRows)}
     main = Counter(rest.values()).most_common(1)[0][0] if rest else LoRA()
-    dropout = float(load.config.get("lora_dropout") or load.config.get("hira_dropout") or 0.0)
+    dropout = float(load.config.get(DROPOUTS.get(load.config["peft_type"], "")) or 0.0)
     if dropout and "drops" not in main.traits:
         load.left.append(f"dropout={dropout}: this method has no input to drop from")
         dropout = 0.0
@@ -227,6 +228,8 @@ def load(model: nn.Module, path: str | Path, name: str = "default", trainable: b
             factors.setdefault(match["path"] or "", {})[match["leaf"]] = tensor
         else:
             loading.place_whole(_plain(key), tensor)
+    if threefactor.SHARED in factors:
+        threefactor.spread(loading.config, loading.modules, factors)
     for where, tensors in factors.items():
         if "trainable_tokens_delta" in tensors:
             loading.place_tokens(_plain(where), tensors["trainable_tokens_delta"].float())

@@ -18,8 +18,9 @@ from rankwise.adapter import Dropout, Placement
 from rankwise.attachment import Adapter
 from rankwise.candidates import base_modules
 from rankwise.errors import ConversionError
-from rankwise.formats.peft.config import CONFIG, VERSION
-from rankwise.formats.peft.layout import METHODS, Place, check, layer_of, places, theirs
+from rankwise.formats.peft.config import CONFIG, DROPOUTS, VERSION
+from rankwise.formats.peft.layout import METHODS, Place, check, layer_of, made_anew, places, theirs
+from rankwise.formats.peft.threefactor import SHARED
 from rankwise.formats.report import ExportReport
 from rankwise.host import host_of
 from rankwise.structures import OFT, Added, Chain, LoRA, LoRAFA, Magnitude, Replace, Rows, Stack, Structure, TokenRows
@@ -65,7 +66,7 @@ class _Draft:
         kind, place, module = self.kind or "", self.places.get(p.site.name), self.modules[p.carriers[0][0]]
         if place is None or not place.path or (len(p.carriers) > 1 and kind != "LORA"):
             raise _refuse(p, "it has no place for them")
-        check(kind, p.site, module)
+        check(kind, p.site, module, p.structure)
         self.add(place.path, theirs(kind, place, module, factors))
         self.targets.append(place.key)
         return place
@@ -73,7 +74,11 @@ class _Draft:
     def spread(self, key: str, values: Mapping[str, Any], patterns: str | None = None) -> None:
         """A setting of every site: the commonest value, and patterns for the others."""
         common = Counter(values.values()).most_common(1)[0][0]
-        odd = {f"^{re.escape(k)}": v for k, v in values.items() if v != common}
+        plain = patterns in (
+            "block_size_pattern",
+            "n_frequency_pattern",
+        )  # PEFT finds them behind a dot, or as they are
+        odd = {k if plain else f"^{re.escape(k)}": v for k, v in values.items() if v != common}
         if odd and patterns is None:
             raise ConversionError(f"PEFT has one {key} for all sites; found {values}. Make them one, or merge.")
         self.settings |= {key: common} if patterns is None else {key: common, patterns: odd}
@@ -202,21 +207,42 @@ def _oft(d: _Draft, placements: list[Placement]) -> None:
     d.settings["r"] = 0
 
 
-_PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+def _tinylora(d: _Draft, placements: list[Placement]) -> None:
+    """The vectors, which hold the scale, are counted in the model's order."""
+    order, sizes = [*d.modules], {}
+    for i, p in enumerate(sorted(placements, key=lambda p: order.index(p.carriers[0][0]))):
+        s: Any = p.structure
+        f = d.factors(p)
+        d.tensors[f"{SHARED}.tinylora_v.{i}"] = f.pop("v") * s.scale
+        sizes[d.put(p, f).key] = s.rank, s.size
+    d.spread("r", {key: r for key, (r, _) in sizes.items()})
+    d.spread("u", {key: u for key, (_, u) in sizes.items()})
 
 
 def _plain(d: _Draft, placements: list[Placement]) -> None:
     """A method whose table entry says all."""
     said: dict[str, dict[str, Any]] = {}
+    method = METHODS[d.kind or ""]
     for p in placements:
-        settings, f = METHODS[d.kind or ""].settings, d.factors(p)
-        found = settings(p.structure, p.site, f) if settings else {}
+        f = d.factors(p)
+        found = method.settings(p.structure, p.site, f) if method.settings else {}
+        if rest := f.keys() - method.names.keys():
+            anew = made_anew(p.structure, p.site, d.modules[p.carriers[0][0]])
+            if odd := [k for k in rest if not torch.allclose(f.pop(k), anew[k].cpu(), rtol=1e-4, atol=1e-6)]:
+                raise _refuse(p, f"it makes {odd} anew from this model's weight, which gives others")
         said[d.put(p, f).key] = found
     for name in {name: None for found in said.values() for name in found}:
-        d.spread(name, {key: found[name] for key, found in said.items()}, _PATTERNS.get(name))
+        values = {key: found[name] for key, found in said.items()}
+        if name == "feedforward_modules":
+            d.settings[name] = [key for key, forward in values.items() if forward]
+        else:
+            d.spread(name, values, method.patterns.get(name))
 
 
-_WRITERS = {"LORA": _lora, "ADALORA": _adalora, "OFT": _oft, **dict.fromkeys(("LOHA", "LOKR", "HIRA"), _products)}
+_WRITERS = {
+    **{"LORA": _lora, "ADALORA": _adalora, "OFT": _oft, "TINYLORA": _tinylora},
+    **dict.fromkeys(("LOHA", "LOKR", "HIRA"), _products),
+}
 
 
 # -- the model's own tensors --------------------------------------------------------------------
@@ -280,7 +306,7 @@ def _whole(d: _Draft, placements: list[Placement]) -> None:
 
 def _method(d: _Draft, placements: list[Placement]) -> str:
     """The one method of all sites, or LoRA where they have none in common."""
-    kinds: dict[type[Structure], str] = {m.structure: kind for kind, m in METHODS.items()} | {PatchOFT: "OFT"}
+    kinds: dict[type[Structure], str] = {s: kind for kind, m in METHODS.items() for s in (m.structure, *m.kin)}
     found = {kinds.get(type(p.structure), "LORA") for p in placements}
     kind = found.pop()
     fits = not found and {layer_of(p.site, d.modules[p.carriers[0][0]]) for p in placements} <= {*METHODS[kind].layers}
@@ -334,7 +360,7 @@ def _config(d: _Draft) -> dict[str, Any]:
     if any(type(d.modules[t]).__name__ == "Conv1D" for t in targets):
         d.settings["fan_in_fan_out"] = True
     p = d.adapter.recipe.dropout
-    key = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout"}.get(d.kind or "")
+    key = DROPOUTS.get(d.kind or "")
     if key and not parameters and not isinstance(p, Dropout):
         d.settings[key] = p
     elif p:

@@ -1,0 +1,72 @@
+"""Operators that are said entry by entry: a function of another's entries, and a few entries at given places."""
+
+from typing import final
+
+from torch import Tensor
+
+from rankwise.ops.operator import Cost, LinearOperator, LowRank, gradients_of
+
+
+@final
+class Sine(LinearOperator):
+    """``sin(op)`` elementwise, which is of higher rank than op."""
+
+    def __init__(self, op: LinearOperator) -> None:
+        self.op = op
+        self.shape = op.shape
+
+    def mv(self, x: Tensor) -> Tensor:
+        return x @ self.dense().to(x.dtype).mT
+
+    def dense(self) -> Tensor:
+        return self.op.dense().sin()
+
+    @property
+    def T(self) -> LinearOperator:
+        return Sine(self.op.T)
+
+    def lower(self) -> LowRank | None:
+        return None
+
+    def gradients(self, g: Tensor) -> list[Tensor | None]:
+        return gradients_of(self.op, lambda: g * self.op.dense().cos())
+
+    @property
+    def cost(self) -> Cost:
+        m, n = self.shape
+        return Cost(m * n, self.op.cost.form + m * n)  # and formed at every application
+
+
+@final
+class Placed(LinearOperator):
+    """Values (*batch, K) at the places (rows[k], cols[k]) of an (M, N) matrix; those at one place add up.
+
+    With values of one it picks, repeats, adds up or permutes entries.
+    """
+
+    def __init__(self, values: Tensor, rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> None:
+        self.values, self.places = values, (rows, cols)
+        self.shape = shape
+
+    def mv(self, x: Tensor) -> Tensor:
+        rows, cols = self.places
+        parts = x[..., cols] * self.values.to(x.dtype).unsqueeze(-2)
+        return parts.new_zeros(*parts.shape[:-1], self.shape[0]).index_add(-1, rows, parts)
+
+    def dense(self) -> Tensor:
+        (m, n), (rows, cols) = self.shape, self.places
+        flat = self.values.new_zeros(*self.values.shape[:-1], m * n)
+        return flat.index_add(-1, rows * n + cols, self.values).unflatten(-1, (m, n))
+
+    @property
+    def T(self) -> LinearOperator:
+        (m, n), (rows, cols) = self.shape, self.places
+        return Placed(self.values, cols, rows, (n, m))
+
+    def lower(self) -> LowRank | None:
+        return None
+
+    @property
+    def cost(self) -> Cost:
+        m, n = self.shape
+        return Cost(len(self.places[0]), m * n)
