@@ -1,14 +1,17 @@
-"""Write docs/methods.md from the catalogue; ``--check`` only says whether the file is current."""
+"""Write docs/methods.md and docs/methods/*.md from the catalogue; ``--check`` only says whether they are current."""
 
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from method_pages import pages
+
 import rankwise as rw
 from rankwise.structures import Structure
 
-PAGE = Path(__file__).parent / "methods.md"
+DOCS = Path(__file__).parent
 HEAD = """# Methods
 
 <!-- made by docs/gen_methods.py from rw.catalogue(); change the recipes, not this page -->
@@ -18,8 +21,8 @@ axis can be replaced on the way: `rw.recipe("dora", rank=8, solver=LoRAPlus(rati
 clash are refused at once, in a sentence that names the remedy.
 
 Rates are those that the recipe uses where you give none; W is (out, in), A (r, in), B (out, r) and
-s the scale. [The recipes](api/recipes.md) have arguments, parameter counts, laws, references and
-deviations from the papers.
+s the scale. Each name leads to the method's page: arguments, law, facts computed from the recipe,
+mechanism, the paper's claim, our measurement, references and deviations from the paper.
 
 """
 
@@ -35,7 +38,7 @@ def row(entry: Any) -> list[str]:
     recipe = entry.recipe
     summary = entry.summary.rstrip(".").replace("``", "`").replace("|", "\N{DIVIDES}")
     axes = [short(v) for v in (recipe.structure, recipe.init, recipe.solver, recipe.ranks)]
-    return [f"`{entry.name}`", summary, *axes, f"{recipe.lr:g}", entry.paper]
+    return [f"[`{entry.name}`](methods/{entry.name}.md)", summary, *axes, f"{recipe.lr:g}", entry.paper]
 
 
 def page() -> str:
@@ -45,9 +48,20 @@ def page() -> str:
     return HEAD + "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
+def files() -> dict[Path, str]:
+    own = {DOCS / "methods" / f"{name}.md": text for name, text in pages().items()}
+    return {DOCS / "methods.md": page(), **own}
+
+
 if __name__ == "__main__":
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text)
-    elif not PAGE.exists() or PAGE.read_text() != text:
-        sys.exit("docs/methods.md is stale: run python docs/gen_methods.py")
+    torch.set_num_threads(1)  # the matrices are small: more threads would wait for each other
+    wanted, found = files(), {DOCS / "methods.md", *(DOCS / "methods").glob("*.md")}
+    stale = [p for p, text in wanted.items() if p not in found or p.read_text() != text] + [*(found - wanted.keys())]
+    if "--check" in sys.argv[1:]:
+        names = ", ".join(sorted(p.name for p in stale))
+        sys.exit(f"stale: {names}; run python docs/gen_methods.py" if stale else 0)
+    (DOCS / "methods").mkdir(exist_ok=True)
+    for path in found - wanted.keys():
+        path.unlink()
+    for path, text in wanted.items():
+        path.write_text(text)
