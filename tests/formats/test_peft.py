@@ -336,7 +336,7 @@ READ = [
     *("trainable_tokens", "lora_mica", "adalora", "loha", "loha_conv", "loha_conv_flat", "lokr"),
     *("vera", "pvera", "randlora", "vblora"),
     *("lokr_both", "lokr_conv", "lokr_full", "hira", "hira_emb", "oft", "oft_conv", "oft_shared"),
-    *("lora_kasa", "tinylora"),
+    *("lora_kasa", "tinylora", "fourierft", "waveft", "c3a", "gralora", "gralora_hybrid", "glora"),
     *("lora_bdlora", "boft", "hra", "road", "psoft", "ia3", "delora", "miss", "miss_bat", "miss_mini"),
 ]
 REFUSED = {
