@@ -96,6 +96,7 @@ class _Factor:
     site: str
     name: str
     parameter: nn.Parameter
+    users: set[str]  # the sites that have it, more than one of a shared factor
     learnt: bool = False  # whether it ever had a gradient, or need not have one
 
 
@@ -126,8 +127,9 @@ class Watch(TrainerCallback):
         self.untouched: list[str] = []
         chosen, modules = trained(kwargs["model"]), dict(kwargs["model"].named_modules())
         self._factors = [
-            _Factor(name.rpartition("/")[0], name, parameter, adapter.recipe.ranks.rests)
+            _Factor(name.rpartition("/")[0], name, parameter, users[parameter], adapter.recipe.ranks.rests)
             for adapter in chosen
+            for users in [_users(adapter)]
             for name, parameter in adapter.named_parameters(trainable=True)
         ]
         placements = [placement for adapter in chosen for placement in adapter.placements]
@@ -172,7 +174,7 @@ class Watch(TrainerCallback):
 
     def _check(self, step: int, every: bool) -> None:
         """Raise where tokens came by and nothing is learnt: at whole sites, or with `every` in any factor."""
-        alive = {factor.site for factor in self._factors if factor.learnt}
+        alive = {site for factor in self._factors if factor.learnt for site in factor.users}
         waiting = [factor for factor in self._factors if not factor.learnt and (every or factor.site not in alive)]
         silent = dict.fromkeys(f.name if every else f.site for f in waiting if f.site in self.reached)
         if silent or not alive:
@@ -200,6 +202,15 @@ class Watch(TrainerCallback):
         self._release()
         if self.done and not self.started:
             print("rankwise: no step gave any gradient, nothing was learnt", file=sys.stderr)
+
+
+def _users(adapter: Adapter) -> dict[Tensor, set[str]]:
+    """The sites that have each factor."""
+    found: dict[Tensor, set[str]] = {}
+    for site, factors in adapter.sites.items():
+        for parameter in factors.factors().values():
+            found.setdefault(parameter, set()).add(site)
+    return found
 
 
 def _norms(parameters: Sequence[nn.Parameter]) -> list[float]:
