@@ -1,7 +1,6 @@
 """PEFT's folders: ``adapter_config.json`` and ``adapter_model.safetensors`` (or old ``.bin``).
 
-As PEFT 0.21.2 writes and reads them. LORA (with DoRA, PiSSA, trainable tokens, expert
-stacks), ADALORA, LOHA, LOKR, HIRA, OFT, GRALORA, GLORA and TRAINABLE_TOKENS, both ways.
+As PEFT 0.21.2 writes and reads them: the methods of :mod:`rankwise.formats.peft.layout`, both ways.
 """
 
 from rankwise.formats.peft.read import load
