@@ -23,13 +23,14 @@ from rankwise.hf.deferred import deferred_logits
 from tiny_models import llama, shake, tokens
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo")
-METHODS = ("lora", "dora", "scaled_adamw", "altlora", "share_lora", "tt_lora", "metatt")
+METHODS = ("lora", "dora", "scaled_adamw", "altlora", "share_lora", "tt_lora", "metatt", "vblora", "unilora")
+OPTIONS = {"vblora": {"vectors": 8, "length": 8}, "unilora": {"size": 100}}
 
 
 def adapted(method: str, **axes: Any) -> tuple[Any, rw.Adapter]:
     torch.manual_seed(4)
     model = llama()
-    adapter = rw.attach(model, rw.recipe(method, rank=4, **axes))
+    adapter = rw.attach(model, rw.recipe(method, rank=4, **OPTIONS.get(method, {}), **axes))
     shake(adapter, 0.05)
     return model.train(), adapter
 
@@ -46,7 +47,7 @@ def chunked(wrapped: Any, adapter: rw.Adapter, mine: Tensor, rank: int, whole: b
     labels = mine.masked_fill(torch.arange(mine.shape[1]) < 5 * rank, -100)
     with nullcontext() if whole else deferred_logits(model):
         wrapped(input_ids=mine, labels=labels, num_items_in_batch=20).loss.backward()
-    return {name: full(p.grad) for name, p in adapter.named_parameters()}
+    return {name: full(p.grad) for name, p in adapter.named_parameters(trainable=True)}
 
 
 def train(model: Any, adapter: rw.Adapter, mine: Tensor) -> dict[str, Tensor]:
@@ -62,7 +63,7 @@ def train(model: Any, adapter: rw.Adapter, mine: Tensor) -> dict[str, Tensor]:
             dist.all_reduce(value)
             value /= dist.get_world_size()
         found[f"loss/{step}"] = value
-        for name, parameter in adapter.named_parameters():
+        for name, parameter in adapter.named_parameters(trainable=True):
             if step == 0:
                 assert parameter.grad is not None
                 found[f"grad/{name}"] = full(parameter.grad)

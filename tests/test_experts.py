@@ -38,6 +38,7 @@ from rankwise.structures import (
     C3A,
     HRA,
     IA3,
+    NOLA,
     OFT,
     PSOFT,
     SVFT,
@@ -45,6 +46,7 @@ from rankwise.structures import (
     Bat,
     BlockLoRA,
     BoRA,
+    BSLoRA,
     CaRA,
     Chain,
     Core,
@@ -66,27 +68,37 @@ from rankwise.structures import (
     LoRETTA,
     LoRTA,
     LoTR,
+    LowRankWeight,
     Magnitude,
     MELoRA,
     MetaTT,
     MiSS,
     MoRA,
     PRoLoRA,
+    PVeRA,
     QuanTA,
+    RandLoRA,
+    RaSA,
     Replace,
     RoAd,
     Rows,
+    ShareLoRA,
     SHiRA,
     SineLoRA,
+    SparseLowRank,
     Stack,
     Structure,
     SVDForm,
     Switched,
     ThreeFactor,
+    TiedLoRA,
     TinyLoRA,
     TokenRows,
     Truncated,
     TTLoRA,
+    UniLoRA,
+    VBLoRA,
+    VeRA,
     WaveFT,
 )
 from rankwise.testing import randomise
@@ -119,6 +131,9 @@ LEAVES = (
     *(LoRA(4), SVDForm(3), LoKr(4), LoHa(2), HiRA(4), OFT(4), Replace()),
     *(HRA(4), BOFT(4), PSOFT(4), IA3(), IA3("in"), RoAd(2, 4), DeLoRA(4), MiSS(4), MiSS(3, 2), Bat(4), BlockLoRA(4)),
     *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3)),
+    *(LowRankWeight(3), SparseLowRank(3, 6.0, 0.2)),
+    *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3), ShareLoRA(3), TiedLoRA(3), VeRA(3, widths=(96, 96))),
+    *(RaSA(3), BSLoRA(1, 2, 1), VBLoRA(2, 5, 4), RandLoRA(5), UniLoRA(2, 9), NOLA(2, bases=3)),
     *(TTLoRA(2), LoRETTA(3, 2), QuanTA(3)),
     *(FacTTT(2), FacTTK(2), LoTR(2), LoRTA(2), CaRA(2), MetaTT(2, heads=2, tasks=2)),
     *(ThreeFactor(3), TinyLoRA(2, size=5), SVFT("random", 1)),
@@ -196,7 +211,7 @@ def test_every_structure_is_here():
     kinds = {getattr(structures, name) for name in structures.__all__}
     whole = {k for k in kinds if isinstance(k, type) and issubclass(k, Structure) and not k.__abstractmethods__}
     of_convolutions = {k for k in whole if "not_mergeable" in k.traits}
-    assert whole - {TokenRows} - of_convolutions == {type(s) for s in ALL}
+    assert whole - {TokenRows, PVeRA} - of_convolutions == {type(s) for s in ALL}
 
 
 @pytest.mark.usefixtures("anywhere")

@@ -15,6 +15,7 @@ from rankwise import solvers
 from rankwise.errors import IncompatibleAxes, SolverError
 from rankwise.solvers import (
     ALS,
+    LORO,
     SGD,
     AdamW,
     AltLoRA,
@@ -43,11 +44,12 @@ from test_chain import model, run
 INVARIANT = (
     *(ScaledGD(0.0), AltLoRA(0.0), AltLoRA(0.0, beta=0.0), RefLoRA(0.0, warmup=0, betas=None), ALS(0.0), LoFT(0.0)),
     *(LoRARITE(betas=(0.0, 0.0)), LoRARITE(), Riemannion(), Riemannion(orthogonal=False), Riemannion(0.0)),
+    LORO(1, betas=None, damping=0.0),
     *(LoRAPro("zero", 0.0, betas=None), Muon(whiten=True, momentum=0.0, damping=0.0)),
 )
 VARIANT = (
     *(AdamW(), LoRAPlus(), ScaledGD(), ScaledAdamW(), RefLoRA(warmup=0), RefLoRAS(warmup=0), AltLoRAPlus()),
-    *(LoRAPro(), RoLoRA(), Muon(), LoRAPro(damping=0.0, betas=None)),
+    *(LoRAPro(), RoLoRA(), Muon(), LoRAPro(damping=0.0, betas=None), LORO(), LORO(1)),
 )
 
 

@@ -22,6 +22,7 @@ from rankwise.ops import (
     Placed,
     Product,
     Scaled,
+    Scattered,
     Sine,
     Sum,
 )
@@ -96,8 +97,17 @@ def circuit(batch: Batch, modes: tuple[int, ...], shape: tuple[int, int]) -> Cir
     return Circuit([torch.randn(*batch, p, p, dtype=torch.float64) for p in sizes], axes, modes, shape)
 
 
+def apart(batch: Batch, m: int, n: int, k: int) -> torch.Tensor:
+    """Unlike places of a matrix, counted along its rows."""
+    return torch.stack([torch.randperm(m * n)[:k] for _ in range(batch[0] if batch else 1)]).reshape(*batch, k)
+
+
+def scattered(batch: Batch, m: int, n: int, k: int) -> Scattered:
+    return Scattered(apart(batch, m, n, k), torch.randn(*batch, k, dtype=torch.float64), (m, n))
+
+
 def sparse(batch: Batch, m: int, n: int, k: int) -> Sparse:
-    place = torch.stack([torch.randperm(m * n)[:k] for _ in range(batch[0] if batch else 1)]).reshape(*batch, k)
+    place = apart(batch, m, n, k)
     return Sparse(torch.randn(*batch, k, dtype=torch.float64), place // n, place % n, (m, n))
 
 
@@ -130,6 +140,7 @@ OPERATORS: dict[str, Callable[[Batch], LinearOperator]] = {
     "patterned": lambda b: Patterned(
         d(b, 6, 3).matrix, torch.randn(*b, 4, dtype=torch.float64), *torch.randint(0, 3, (2, *b, 4)), d(b, 3, 5).matrix
     ),
+    "scattered": lambda b: scattered(b, 6, 5, 9),
     "circuit": lambda b: circuit(b, (2, 3, 2), (12, 12)),
     "padded circuit": lambda b: circuit(b, (2, 2, 3), (7, 11)),
     "sparse": lambda b: sparse(b, 6, 5, 9),

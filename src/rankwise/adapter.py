@@ -19,6 +19,7 @@ from rankwise.errors import IncompatibleAxes
 from rankwise.host import ParameterHost, Site
 from rankwise.structures import Factor, Structure
 from rankwise.structures.adversary import Adversary
+from rankwise.structures.structure import SAMPLED
 
 # which dim of a factor (by its dims) a dropout masks; "" is the whole factor
 _MASKED: dict[str, dict[tuple[str, ...], str]] = {
@@ -102,7 +103,8 @@ class SiteFactors(nn.Module):
         for name, factor in self.described.items():
             holder, key = (pool, self.keys[name]) if pool is not None and name in self.keys else (self, name)
             if key not in holder._parameters:
-                holder.register_parameter(key, nn.Parameter(values[name], trainable and factor.trainable))
+                value = values[name].clone() if holder is pool else values[name]  # one may begin several
+                holder.register_parameter(key, nn.Parameter(value, trainable and factor.trainable))
                 self.begun += [name] if holder is pool else []
 
     def factors(self) -> dict[str, Tensor]:
@@ -123,6 +125,8 @@ class SiteFactors(nn.Module):
             return f
         if masked and isinstance(self.dropout, Dropout):
             f = self.dropout(f, self.described)
+        if "samples" in structure.traits:
+            return {**f, SAMPLED: torch.ones(())}
         return structure.joined(f, self.site) if isinstance(structure, Adversary) else f
 
     @property

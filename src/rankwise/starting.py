@@ -19,7 +19,8 @@ def start(
 ) -> dict[str, Tensor]:
     """Starting values at one site, in the dtype and on the device where they will live.
 
-    ``begun`` holds the shared values of the sites before it, and is added to.
+    ``begun`` holds the shared values of the sites before it, and is added to. They are returned as they are, for a
+    structure to count something over all its sites; the pool takes a copy when all sites have begun.
     """
     site, here = placement.site, None if stats is None else stats.get(placement.site.name)
     dtype, device = torch.promote_types(host.dtype, torch.float32), host.parameter().device
@@ -39,5 +40,6 @@ def start(
         return w.to(torch.promote_types(w.dtype, torch.float32))
 
     with torch.no_grad():
-        found = placement.structure.start(site, weight, leaf)
-        return {k: v.contiguous().clone() for k, v in found.items()}  # statistics of one input serve several sites
+        found, still = placement.structure.start(site, weight, leaf), {id(v) for v in begun.values()}
+        # copied, since statistics of one input serve several sites
+        return {k: v if id(v) in still else v.contiguous().clone() for k, v in found.items()}

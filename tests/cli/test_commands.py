@@ -21,7 +21,7 @@ def test_help_is_quick_and_needs_no_torch():
     begin = os.times().children_user
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in ("finetune", "methods", "merge", "convert", "inspect", "data", "generate"):
+    for command in ("finetune", "pretrain", "methods", "merge", "convert", "inspect", "data", "generate"):
         assert command in done.stdout
     assert os.times().children_user - begin < 0.6
 

@@ -192,6 +192,7 @@ def randomise(model: nn.Module, marks: tuple[str, ...], scale: float = 0.3) -> N
 MARKS = ("lora_", "hada_", "lokr_", "hira_", "oft_", "tinylora_", "modules_to_save", "trainable_tokens_delta", "hra_")
 MARKS += ("road_", "psoft_", "ia3_", "delora_", "miss_", "boft_")
 MARKS += ("fourierft_", "waveft_", "shira_", "c3a_")
+MARKS += ("vera_", "unilora_")
 
 
 def with_peft(build: Callable[[], nn.Module], config: Any, scale: float = 0.3) -> Any:

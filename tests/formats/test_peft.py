@@ -197,6 +197,31 @@ CASES = {
         lambda: peft.OFTConfig(oft_block_size=3, use_cayley_neumann=False, target_modules=["c2", "c2g"]),
     ),
     "oft patches shared": (Conv, lambda: peft.OFTConfig(oft_block_size=6, block_share=True, target_modules=["c2"])),
+    "vera": (llama, lambda: peft.VeraConfig(r=5, target_modules=["q_proj", "k_proj", "down_proj"])),
+    "vera gpt2": (gpt2, lambda: peft.VeraConfig(r=40, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
+    "pvera": (llama, lambda: peft.PveraConfig(r=5, target_modules=["q_proj", "k_proj", "down_proj"])),
+    "randlora": (
+        partial(llama, num_hidden_layers=2),
+        lambda: peft.RandLoraConfig(r=5, target_modules=["up_proj", "down_proj"]),
+    ),
+    "randlora gpt2": (
+        gpt2,
+        lambda: peft.RandLoraConfig(r=6, randlora_alpha=3, target_modules=["c_attn"], fan_in_fan_out=True),
+    ),
+    "vblora": (
+        partial(llama, num_hidden_layers=2),
+        lambda: peft.VBLoRAConfig(r=3, num_vectors=9, vector_length=4, target_modules=["q_proj", "k_proj", "up_proj"]),
+    ),
+    "vblora top k alone": (
+        llama,
+        lambda: peft.VBLoRAConfig(
+            r=2, num_vectors=7, vector_length=8, topk=3, save_only_topk_weights=True, target_modules=QV
+        ),
+    ),
+    "unilora": (
+        partial(llama, num_hidden_layers=2),
+        lambda: peft.UniLoraConfig(r=3, theta_d_length=50, save_indices=True, target_modules=["k_proj", "down_proj"]),
+    ),
     "oft 1x1": (Conv, lambda: peft.OFTConfig(oft_block_size=2, target_modules=["c2p"])),
     "hra": (llama, lambda: peft.HRAConfig(r=4, target_modules=QV)),
     "hra convolution": (Conv, lambda: peft.HRAConfig(r=4, target_modules=["c2"])),
@@ -252,7 +277,11 @@ def figures(one, two, base, x) -> float:
     for mode in (True, False):
         for m in (one, two, base):
             m.train(mode)
-        found.append(distance(output(one, x), output(two, x), output(base, x)))
+        each = []
+        for m in (one, two, base):
+            torch.manual_seed(0)  # PVeRA draws while training
+            each.append(output(m, x))
+        found.append(distance(*each))
     return max(found)
 
 
@@ -305,6 +334,7 @@ READ = [
     *("lora_gpt2", "lora_mha", "lora_modules_to_save", "lora_params_moe", "lora_pattern"),
     *("lora_pissa", "lora_seqtask", "lora_trainable_tokens", "lora_trainable_tokens_tied"),
     *("trainable_tokens", "lora_mica", "adalora", "loha", "loha_conv", "loha_conv_flat", "lokr"),
+    *("vera", "pvera", "randlora", "vblora"),
     *("lokr_both", "lokr_conv", "lokr_full", "hira", "hira_emb", "oft", "oft_conv", "oft_shared"),
     *("lora_kasa", "tinylora"),
     *("lora_bdlora", "boft", "hra", "road", "psoft", "ia3", "delora", "miss", "miss_bat", "miss_mini"),
@@ -313,7 +343,8 @@ REFUSED = {
     "lora_alora": "alora_invocation_tokens",
     "lora_monteclora": "monteclora_config",
     "lora_velora": "velora_config",
-    "vera": 'peft_type="VERA"',
+    "unilora": "save_indices=True",
+    "vera_noproj": "save_projection=True",
 }
 
 
@@ -324,7 +355,7 @@ def drawn_again(source, target):
     g = torch.Generator().manual_seed(5)
     found = load_file(file)
     for name, value in found.items():
-        if "base_layer.weight" in name:
+        if any(mark in name for mark in ("base_layer.weight", "randlora_A", "randlora_B")):
             continue
         noise = torch.randn(value.shape, generator=g)
         found[name] = value * (1 + 0.2 * noise) if "magnitude" in name else value + 0.2 * noise

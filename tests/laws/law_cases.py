@@ -17,6 +17,7 @@ from rankwise.structures import (
     C3A,
     HRA,
     IA3,
+    NOLA,
     OFT,
     PSOFT,
     SVFT,
@@ -24,6 +25,7 @@ from rankwise.structures import (
     Bat,
     BlockLoRA,
     BoRA,
+    BSLoRA,
     CaRA,
     Chain,
     Core,
@@ -46,6 +48,8 @@ from rankwise.structures import (
     LoRETTA,
     LoRTA,
     LoTR,
+    LowRankActivation,
+    LowRankWeight,
     Magnitude,
     MELoRA,
     MetaTT,
@@ -53,13 +57,17 @@ from rankwise.structures import (
     MoRA,
     PatchOFT,
     PRoLoRA,
+    PVeRA,
     QuanTA,
+    RandLoRA,
+    RaSA,
     Replace,
     RoAd,
     Rows,
     ShareLoRA,
     SHiRA,
     SineLoRA,
+    SparseLowRank,
     Stack,
     Structure,
     SVDForm,
@@ -70,6 +78,8 @@ from rankwise.structures import (
     TokenRows,
     Truncated,
     TTLoRA,
+    UniLoRA,
+    VBLoRA,
     VeRA,
     WaveFT,
 )
@@ -107,7 +117,12 @@ LEAVES: tuple[Structure, ...] = (
     GLoRA(2, "constant", "vector"),
     GLoRA(2, "none"),
     PRoLoRA(4),
+    LowRankWeight(3),
+    SparseLowRank(3, 6.0, 0.2),
     *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3)),
+    *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3), VeRA(20), VeRA(3, widths=(40, 40))),
+    *(RaSA(3), BSLoRA(1, 2, 1), BSLoRA(0, 1, 2, widths=(40, 40)), VBLoRA(2, 5, 4), RandLoRA(3), UniLoRA(2, 7)),
+    NOLA(2, bases=3),
     *(TTLoRA(2), TTLoRA(3, 2.0, 1, 2), LoRETTA(3, 2, 4.0), LoRETTA(2, 3, 2.0, 2, 1), QuanTA(3), QuanTA(2)),
     *(FacTTT(3), FacTTK(2, 2.0), LoTR(3, 6.0), LoRTA(3, heads=4), CaRA(2), CaRA(2, attention=("0", "mid"))),
     *(MetaTT(3), MetaTT(2, 2.0, heads=4), MetaTT(2, heads=3, tasks=2)),
@@ -163,6 +178,7 @@ WRAPPED: tuple[Structure, ...] = (
     Anchored(ThreeFactor(2)),
     Truncated(Gated(3), 2),
     Magnitude(Truncated(LoRA(2), 1)),
+    Magnitude(LowRankWeight(3)),
     Anchored(Anchored(LoRA(2))),
     Stack(LoRA(3), OFT(4)),
     Stack(OFT(4), LoRA(3)),
@@ -202,7 +218,10 @@ TOKENS: tuple[Structure, ...] = (
 )
 ACROSS: tuple[Structure, ...] = (CrossGroup(6), CrossGroup(8, None), Stack(OFT(4), CrossGroup(6, 3.0, "alpha/sqrt(r)")))
 PATCHES: tuple[Structure, ...] = (PatchOFT(4), PatchOFT(3, terms=5), Stack(Replace(), PatchOFT(4)))
-STRUCTURES = (*LEAVES, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES)
+ACTIVATIONS: tuple[Structure, ...] = (LowRankActivation(3),)
+STRUCTURES = (*LEAVES, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES, *ACTIVATIONS)
+SAMPLED: tuple[Structure, ...] = (PVeRA(3), PVeRA(3, widths=(40, 40)), Magnitude(PVeRA(2)))
+STRUCTURES = (*LEAVES, *SAMPLED, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES)
 
 
 def normal(*shape: int) -> Callable[[int], Tensor]:
@@ -313,7 +332,7 @@ def refusal(structure: Structure, layer: Layer) -> str | None:
 
 def possible(structure: Structure, layer: Layer) -> bool:
     """Token rows need a vocabulary, row parts a matrix whose rows are output units; some need a convolution."""
-    if structure in LEAVES and refusal(structure, layer):
+    if structure in LEAVES + SAMPLED and refusal(structure, layer):
         return False
     if structure in ACROSS:
         g = groups(layer)
@@ -321,6 +340,8 @@ def possible(structure: Structure, layer: Layer) -> bool:
         return g > 1 and rank % g == 0
     if structure in PATCHES:
         return "2d" in layer.name
+    if structure in ACTIVATIONS:
+        return layer.name in ("Linear", "fused rows") or layer in LINEAR
     if structure in TOKENS:
         return layer.name in VOCABULARIES
     return structure not in ROWS or layer.name not in VOCABULARIES | SPATIAL

@@ -34,10 +34,12 @@ from rankwise.inits import (
     Orthogonal,
     Principal,
     PrincipalFrame,
+    Xavier,
 )
 from rankwise.ranks import Budget, Constant, Following, Ranks, Rescaling, Restarts, Sampled, Shrinking
 from rankwise.solvers import (
     ALS,
+    LORO,
     SGD,
     AdamW,
     AltLoRA,
@@ -68,7 +70,7 @@ from rankwise.testing.laws import legal
 
 STRUCTURES = (*LEAVES, *WRAPPED)
 INITS = (
-    *(Kaiming(), Gaussian(), Gaussian(0.02), Orthogonal(), NonZero()),
+    *(Kaiming(), Gaussian(), Gaussian(0.02), Orthogonal(), Xavier(), NonZero()),
     *(Principal(), Principal(4), Minor(), QR(), MinorOutput(), Nystrom(), PrincipalFrame()),
     *(CorDA(), CorDA("knowledge"), EVA(), LoRAGA(), LoRAOne(), LoRAOne(iterations=4), LoRASB()),
 )
@@ -78,6 +80,7 @@ SOLVERS = (
     *(Landing(), StelLA(), StelLA(16.0)),
     *(RefLoRA(warmup=2), RefLoRAS(warmup=2), LoRARITE(), AltLoRA(0.1), AltLoRAPlus(), ALS(0.1), RoLoRA(), LoFT()),
     *(LoRAPro(), LoRAPro("zero"), Riemannion(), Riemannion(orthogonal=False), Muon(), Muon(whiten=True)),
+    *(LORO(), LORO(2, lazy=1.0)),
     *(GaLore(4, every=5), GaLore(4, iterations=2, weight_decay=0.1), Fira(4), Apollo(4), ApolloMini(), Flora(4)),
 )
 RANKS = (

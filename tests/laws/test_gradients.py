@@ -36,7 +36,7 @@ def dense(base: nn.Module, adapter: rw.Adapter, x: Tensor, dtype: torch.dtype) -
     """The base with the adapted weight in place of its own."""
     ((name, site),) = adapter.sites.items()
     host = host_of(base.get_submodule(name), "layer")
-    f = {n: f.to(dtype) if f.is_floating_point() else f for n, f in site.factors().items()}
+    f = {n: v.to(dtype) if v.is_floating_point() else v for n, v in site.factors().items()}
     w = site.structure.weight(f, host.weight().to(dtype))
     changed = {**{n: p.to(dtype) for n, p in base.named_parameters()}, f"{name}.weight": host.tensor(w)}
     return functional_call(base, changed, (x,))

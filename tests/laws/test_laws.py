@@ -5,7 +5,20 @@ from dataclasses import dataclass, fields, is_dataclass
 
 import pytest
 import torch
-from law_cases import ACROSS, CASES, CONV, LEAVES, PATCHES, STRUCTURES, TABLE, ids, normal, possible, refusal
+from law_cases import (
+    ACROSS,
+    ACTIVATIONS,
+    CASES,
+    CONV,
+    LEAVES,
+    PATCHES,
+    STRUCTURES,
+    TABLE,
+    ids,
+    normal,
+    possible,
+    refusal,
+)
 from law_cases import layer as of
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -127,7 +140,7 @@ def test_patches_are_rotated_and_added_up():
     torch.testing.assert_close(model(x), base(image), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("structure", [*ACROSS, *PATCHES], ids=repr)
+@pytest.mark.parametrize("structure", [*ACROSS, *PATCHES, *ACTIVATIONS], ids=repr)
 def test_what_has_no_weight_says_so(structure):
     layer = next(layer for layer in TABLE if possible(structure, layer))
     model, _, f, x = adapted(structure, layer)

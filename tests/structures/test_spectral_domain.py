@@ -292,7 +292,7 @@ def test_places_outside_of_the_layer_are_not_read(tmp_path):
     tensors = load_file(file)
     next(v for k, v in tensors.items() if "indices" in k)[0, 5] = 16
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(FileFormatError, match="16 x 24 places"):
+    with pytest.raises(FileFormatError, match="chooses others"):
         rw.formats.peft.load(layer(), tmp_path)
 
 

@@ -15,18 +15,8 @@ from typing import Any
 from rankwise.errors import DoesNotFit, RankwiseError
 
 COMMANDS = (
-    *("plan", "tune", "race", "finetune", "evaluate", "generate", "data", "methods", "targets", "merge", "convert"),
-    "plan",
-    "advise",
-    "finetune",
-    "evaluate",
-    "generate",
-    "data",
-    "methods",
-    "targets",
-    "merge",
-    "convert",
-    "inspect",
+    *("plan", "advise", "tune", "race", "finetune", "pretrain", "evaluate", "generate"),
+    *("data", "methods", "targets", "merge", "convert", "inspect"),
 )
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 

@@ -142,7 +142,7 @@ def only(given: Mapping[str, Any]) -> dict[str, Any]:
     return found | ({"options": pairs(found["options"])} if "options" in found else {})
 
 
-def asked(model: str, rest: Iterable[str], given: Mapping[str, Any], out: str | None = None) -> Run:
+def asked(model: str, rest: Iterable[str], given: Mapping[str, Any], out: str | None = None, **defaults: Any) -> Run:
     """The run that a command line means: MODEL DATA [NAME=VALUE]..., or run.yaml [NAME=VALUE]...
 
     Args:
@@ -150,6 +150,7 @@ def asked(model: str, rest: Iterable[str], given: Mapping[str, Any], out: str | 
         rest: the others.
         given: settings from options.
         out: how the folder is asked for, where the command needs one.
+        **defaults: settings of a new run that the command has of its own.
 
     Returns:
         The run.
@@ -166,4 +167,4 @@ def asked(model: str, rest: Iterable[str], given: Mapping[str, Any], out: str | 
     if len(data) != 1 or (out and "out" not in changes):
         wanted = f"MODEL, one DATA and {out}" if out else "MODEL and one DATA"
         raise DataError(f"This command takes {wanted}; found {len(data)} data arguments.")
-    return Run.of({"model": model, "data": data[0], "out": "-", **changes})
+    return Run.of({"model": model, "data": data[0], "out": "-", **defaults, **changes})

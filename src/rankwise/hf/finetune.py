@@ -30,7 +30,7 @@ from rankwise.hf.models import config_of
 from rankwise.hf.plots import loss_curve
 from rankwise.hf.references import evaluating
 from rankwise.hf.run import Result, Run
-from rankwise.hf.tasks import TASKS, CausalLM, SequenceClassification, Task, TextTask
+from rankwise.hf.tasks import PRETRAINING, TASKS, CausalLM, SequenceClassification, Task, TextTask
 from rankwise.hf.trainer import Trainer
 from rankwise.placement import TargetReport
 from rankwise.stats import collect
@@ -97,8 +97,8 @@ def task_of(run: Run) -> Task:
         raise UnknownName(f'A task is one of {", ".join(TASKS)}; found "{run.task}".')
     context = getattr(config_of(run.model).get_text_config(), "max_position_embeddings", None)
     length = run.max_length or min(1024, context or 1024)
-    if run.task == CausalLM.name:
-        return CausalLM(length, run.pack)
+    if TASKS[run.task] is CausalLM:
+        return CausalLM(length, run.pack, run.task == PRETRAINING)
     if run.pack or run.base_text:
         raise DataError("pack and base_text belong to the task causal-lm; leave them out.")
     return SequenceClassification(length, run.labels)

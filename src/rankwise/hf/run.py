@@ -26,7 +26,7 @@ class Run:
         model: folder of a model, or "embedded" for the small one that the package ships.
         data: file or folder of texts, completions, conversations or labelled texts.
         out: folder for the adapter, the metrics and this run.
-        task: "causal-lm" or "classification".
+        task: "causal-lm", "classification" or "pretraining", which also trains whole what the method leaves out.
         method: a method's name, see rankwise methods, or full: every weight trained; by default lora.
         structure: its structure by name, in place of the method's.
         init: where the factors start, by name.

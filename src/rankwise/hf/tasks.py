@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,9 @@ from rankwise.hf import data
 from rankwise.hf.data.examples import IGNORE
 from rankwise.hf.deferred import deferred_logits
 from rankwise.hf.models import load_model, pad_id, tokenizer_of
+from rankwise.placement import resolve
 from rankwise.sites import Sites, Target
+from rankwise.structures import Replace
 
 Batch = Mapping[str, Any]
 
@@ -99,10 +102,12 @@ class CausalLM(TextTask):
     Attributes:
         max_length: longest example, in tokens.
         pack: lay documents side by side into full rows.
+        whole: train what the method leaves out as it is: a model that starts at random has nothing to keep.
     """
 
     max_length: int = 1024
     pack: bool = False
+    whole: bool = False
     name = "causal-lm"
 
     def examples(self, path: str | Path, processor: Any) -> Any:
@@ -117,6 +122,18 @@ class CausalLM(TextTask):
         if self.pack:
             data.check_packing(loaded)
         return loaded
+
+    def sites(self, sites: Sites, model: nn.Module) -> Sites:
+        if not (self.whole and sites.targets):
+            return sites
+        placed = resolve(model, Replace(), replace(sites, overrides=()))
+        taken = {f"{path}.weight" for placement in placed for path, _, _ in placement.carriers}
+        left: dict[int, list[str]] = {}  # a tensor that is shared has several names
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name not in taken:
+                left.setdefault(id(parameter), []).append(name)
+        alike = (Target("|".join(map(re.escape, n)), "regex") if n[1:] else Target(n[0], "glob") for n in left.values())
+        return replace(sites, train=(*sites.train, *alike))
 
     def rows(self, examples: Any) -> Any:
         return data.pack(examples, self.max_length) if self.pack else examples
@@ -191,4 +208,5 @@ class SequenceClassification(TextTask):
         return {"accuracy": right / count, "loss": nats / count}
 
 
-TASKS = {task.name: task for task in (CausalLM, SequenceClassification)}
+PRETRAINING = "pretraining"
+TASKS = {**{task.name: task for task in (CausalLM, SequenceClassification)}, PRETRAINING: CausalLM}

@@ -52,6 +52,17 @@ class Orthogonal(Drawn):
 
 @final
 @dataclass(frozen=True)
+class Xavier(Drawn):
+    """Normal of variance 2/(n + m), n and m the two dims of a factor (Glorot and Bengio 2010)."""
+
+    requires = frozenset({"random_start"})
+
+    def draw(self, factor: Factor) -> Tensor:
+        return torch.randn(factor.shape) * (2 / max(sum(factor.shape[-2:]), 1)) ** 0.5
+
+
+@final
+@dataclass(frozen=True)
 class NonZero(Init):
     """Both factors uniform within +-1/sqrt(in), so that neither starts at zero (Li et al. 2025, arXiv 2505.23194).
 

@@ -4,11 +4,12 @@ from rankwise.ops.atoms import BlockDiagonal, Circuit, Dense, Diagonal, Hadamard
 from rankwise.ops.entries import Placed, Sine
 from rankwise.ops.operator import LinearOperator, LowRank
 from rankwise.ops.patterned import Patterned
+from rankwise.ops.scattered import Scattered
 from rankwise.ops.sparse import Butterfly, Pairs
 from rankwise.ops.spectral import Circulant, Fourier, Haar, Sparse
 
 __all__ = [
     "BlockDiagonal", "Butterfly", "Circuit", "Circulant", "Dense", "Diagonal", "Fourier", "Haar", "Hadamard",
-    "Kronecker", "LinearOperator", "LowRank", "Pairs", "Patterned", "Placed", "Product", "Scaled", "Sine", "Sparse",
-    "Sum",
+    "Kronecker", "LinearOperator", "LowRank", "Pairs", "Patterned", "Placed", "Product", "Scaled", "Scattered",
+    "Sine", "Sparse", "Sum",
 ]  # fmt: skip

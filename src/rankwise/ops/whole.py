@@ -14,12 +14,12 @@ from torch.autograd import Function
 from rankwise.ops.operator import LinearOperator, leaves, with_leaves
 
 
-def run(x: Tensor, weight: Tensor, op: LinearOperator) -> Tensor:
+def run(x: Tensor, weight: Tensor | None, op: LinearOperator) -> Tensor:
     """``x (W + op)^T``, differentiable twice.
 
     Args:
         x: (*batch, T, N), of W's dtype.
-        weight: W (M, N).
+        weight: W (M, N); None for zero.
         op: (M, N), without a batch.
 
     Returns:
@@ -33,16 +33,20 @@ def together(x: Tensor) -> bool:
     return torch.finfo(x.dtype).bits >= 32
 
 
+def _sum(weight: Tensor | None, update: Tensor) -> Tensor:
+    return update if weight is None else weight + update
+
+
 @final
 class _Whole(Function):
     @staticmethod
-    def forward(ctx: Any, op: LinearOperator, x: Tensor, weight: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, op: LinearOperator, x: Tensor, weight: Tensor | None, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, *tensors)
         ctx.op = op
         with torch.autocast(x.device.type, enabled=False):  # formed as backward forms it
             update = op.dense().to(x.dtype)
-        if together(x):
-            return x @ (weight + update).mT
+        if weight is None or together(x):
+            return x @ _sum(weight, update).mT
         y = x @ update.mT
         y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.mT)
         return y
@@ -54,8 +58,8 @@ class _Whole(Function):
         dx = None
         if ctx.needs_input_grad[1]:
             update = op.dense().to(g.dtype)
-            if together(g):
-                dx = g @ (weight + update)
+            if weight is None or together(g):
+                dx = g @ _sum(weight, update)
             else:
                 dx = g @ update
                 dx.view(-1, dx.shape[-1]).addmm_(g.reshape(-1, g.shape[-1]), weight)

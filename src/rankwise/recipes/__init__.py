@@ -7,6 +7,7 @@ The axes that every method shares (``sites``, ``dropout``, ``base``, ``lr``, ``r
 from rankwise.recipes import (
     augmented,
     compositions,
+    pretraining,
     projected,
     ranking,
     regularised,
@@ -21,6 +22,7 @@ from rankwise.recipes import (
 )
 from rankwise.recipes.augmented import *  # noqa: F403
 from rankwise.recipes.compositions import *  # noqa: F403
+from rankwise.recipes.pretraining import *  # noqa: F403
 from rankwise.recipes.projected import *  # noqa: F403
 from rankwise.recipes.ranking import *  # noqa: F403
 from rankwise.recipes.regularised import *  # noqa: F403
@@ -46,4 +48,5 @@ __all__ += solving.__all__
 __all__ += projected.__all__
 __all__ += ranking.__all__
 __all__ += regularised.__all__
+__all__ += pretraining.__all__
 __all__ += compositions.__all__

@@ -9,10 +9,10 @@ from rankwise.solvers.projected import Apollo, ApolloMini, Fira, Flora, GaLore
 from rankwise.solvers.sgd import SGD
 from rankwise.solvers.solver import Solver
 from rankwise.solvers.stiefel import Landing, StelLA
-from rankwise.solvers.tangent import LoRAPro, Riemannion
+from rankwise.solvers.tangent import LORO, LoRAPro, Riemannion
 
 __all__ = [
-    "ALS", "AdamW", "AltLoRA", "AltLoRAPlus", "Apollo", "ApolloMini", "Chained", "Fira", "Flora", "GaLore",
-    "Landing", "LoFT", "LoRAPlus", "LoRAPro", "LoRARITE", "Muon", "RefLoRA", "RefLoRAS", "Riemannion", "RoLoRA", "SGD",
-    "ScaledAdamW", "ScaledGD", "Solver", "StelLA", "Transform",
+    "ALS", "LORO", "SGD", "AdamW", "AltLoRA", "AltLoRAPlus", "Apollo", "ApolloMini", "Chained", "Fira", "Flora",
+    "GaLore", "Landing", "LoFT", "LoRAPlus", "LoRAPro", "LoRARITE", "Muon", "RefLoRA", "RefLoRAS", "Riemannion",
+    "RoLoRA", "ScaledAdamW", "ScaledGD", "Solver", "StelLA", "Transform",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ Shapes: b (S, *, m, r), a (S, *, r, n). A tangent vector at ``b @ a`` is a pair 
 ``h_b @ a + b @ h_a``; with any X (r, r) the pair (h_b - b X, h_a + X a) is the same one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, final
 
 import torch
@@ -213,3 +213,78 @@ class Riemannion(Chained):
 
     def chain(self) -> tuple[Transform, ...]:
         return (Ride(self.momentum, self.orthogonal, self.weight_decay),)
+
+
+@final
+@dataclass(frozen=True)
+class Lazily(Transform):
+    """Steps on the factors, and every so often one along the manifold, after which Adam's moments start anew.
+
+    Attributes:
+        every: steps from one along the manifold to the next.
+        lazy: what a step on a factor is multiplied with; None for r over the factor's longer side.
+        betas: of Adam's quotient, which stands for the gradients in both kinds of step; None for the gradients.
+        eps: as in Adam.
+        damping: added to the Gram matrices.
+    """
+
+    every: int = 500
+    lazy: float | None = None
+    betas: tuple[float, float] | None = (0.9, 0.999)
+    eps: float = 1e-6
+    damping: float = 1e-8
+
+    def start(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v for link in moments(self.betas, self.eps) for k, v in link.start(values).items()}
+
+    def __call__(self, step: Step) -> None:
+        for link in moments(self.betas, self.eps):
+            fresh = replace(step, count=(step.count - 1) % self.every + 1)
+            link(fresh)
+            step.update = fresh.update
+        now = step.count % self.every == 0
+        exact = replace(step, values=dict(step.values), update=dict(step.update))
+        for role, g in step.update.items():
+            share = step.values["a"].shape[-2] / max(g.shape[-2:]) if self.lazy is None else self.lazy
+            step.update[role] = g * share * ~now
+        if now.any():
+            Project(False, self.damping)(exact)
+            h_b, h_a = (-step.lr * exact.update[role] for role in "ba")
+            moved = dict(zip("ba", retract(step.values["b"], step.values["a"], h_b, h_a), strict=True))
+            step.values = {role: torch.where(now, moved[role], v) for role, v in step.values.items()}
+            step.state = {name: torch.where(now, 0, v) for name, v in step.state.items()}
+
+
+@final
+@dataclass(frozen=True)
+class LORO(Chained):
+    """Riemannian steps now and then, cheap ones on the factors between them (LORO; Mo, Huang, Pan 2025, ICLR).
+
+    Every K-th step takes ``b a`` to the truncated SVD of ``b a - lr T``, T the projection of the full gradient on the
+    tangent space, known from the factors' gradients alone; no m x n matrix is formed.
+
+    Attributes:
+        every: K; 1 for Riemannian steps alone.
+        lazy: what the steps between are multiplied with; None for r over the factor's longer side.
+        betas: of Adam, whose quotient stands for the gradient in both kinds of step, as in the authors' code; None for
+            the gradient itself.
+        eps: as in AdamW.
+        damping: added to the Gram matrices.
+        weight_decay: as in AdamW, of the factors.
+    """
+
+    every: int = 500
+    lazy: float | None = None
+    betas: tuple[float, float] | None = (0.9, 0.999)
+    eps: float = 1e-6
+    damping: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise IncompatibleAxes(f"A step along the manifold is taken every 1 step or more; found {self.every}.")
+        plain = self.every == 1 and self.betas is None and not self.damping
+        declare(self, gauge_invariant=plain)
+
+    def chain(self) -> tuple[Transform, ...]:
+        return Lazily(self.every, self.lazy, self.betas, self.eps, self.damping), Decay(self.weight_decay)

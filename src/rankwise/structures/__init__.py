@@ -1,6 +1,8 @@
 """Structures: how trainable factors become an update, and how it meets the frozen weight."""
 
 from rankwise.structures.augmented import ABBA, GLoRA, MoRA, PRoLoRA, SineLoRA
+from rankwise.structures.banks import BSLoRA, RaSA, VBLoRA
+from rankwise.structures.bases import NOLA, RandLoRA, UniLoRA
 from rankwise.structures.blocks import BoRA, GraLoRA, MELoRA
 from rankwise.structures.bounded import Bat, BlockLoRA, DeLoRA, MiSS
 from rankwise.structures.chains import Chain, Delta
@@ -9,8 +11,9 @@ from rankwise.structures.gates import IA3, RoAd
 from rankwise.structures.lowrank import Core, Gated, InputSide, LoRA, LoRAFA, SVDForm, Switched
 from rankwise.structures.products import HiRA, LoHa, LoKr
 from rankwise.structures.rotations import BOFT, HRA, OFT, PSOFT
-from rankwise.structures.shared import ShareLoRA, TiedLoRA, VeRA
+from rankwise.structures.shared import PVeRA, ShareLoRA, TiedLoRA, VeRA
 from rankwise.structures.spectral_domain import C3A, FouRA, FourierFT, SHiRA, WaveFT
+from rankwise.structures.standalone import LowRankActivation, LowRankWeight, SparseLowRank, Standalone
 from rankwise.structures.structure import (
     Added,
     Additive,
@@ -30,11 +33,12 @@ from rankwise.structures.whole import Replace, TokenRows
 from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
-    "ABBA", "BOFT", "C3A", "HRA", "IA3", "OFT", "PSOFT", "SVFT", "Added", "Additive", "Anchored", "Bat", "Begun",
-    "BlockLoRA", "BoRA", "CaRA", "Chain", "Core", "CrossGroup", "DeLoRA", "Delta", "FacTTK", "FacTTT", "Factor",
-    "Factors", "FouRA", "FourierFT", "GLoRA", "Gate", "Gated", "GraLoRA", "HiRA", "InputSide", "LoHa", "LoKr",
-    "LoRA", "LoRAFA", "LoRETTA", "LoRTA", "LoTR", "MELoRA", "Magnitude", "MetaTT", "MiSS", "MoRA", "PRoLoRA",
-    "PatchOFT", "QuanTA", "Replace", "RoAd", "Rotation", "Rows", "SHiRA", "SVDForm", "ShareLoRA", "Sided",
-    "SineLoRA", "Stack", "Start", "Structure", "Switched", "TTLoRA", "ThreeFactor", "TiedLoRA", "TinyLoRA",
-    "TokenRows", "Truncated", "VeRA", "WaveFT",
+    "ABBA", "BOFT", "C3A", "HRA", "IA3", "NOLA", "OFT", "PSOFT", "SVFT", "Added", "Additive", "Anchored", "BSLoRA",
+    "Bat", "Begun", "BlockLoRA", "BoRA", "CaRA", "Chain", "Core", "CrossGroup", "DeLoRA", "Delta", "FacTTK",
+    "FacTTT", "Factor", "Factors", "FouRA", "FourierFT", "GLoRA", "Gate", "Gated", "GraLoRA", "HiRA", "InputSide",
+    "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRETTA", "LoRTA", "LoTR", "LowRankActivation", "LowRankWeight", "MELoRA",
+    "Magnitude", "MetaTT", "MiSS", "MoRA", "PRoLoRA", "PVeRA", "PatchOFT", "QuanTA", "RaSA", "RandLoRA", "Replace",
+    "RoAd", "Rotation", "Rows", "SHiRA", "SVDForm", "ShareLoRA", "Sided", "SineLoRA", "SparseLowRank", "Stack",
+    "Standalone", "Start", "Structure", "Switched", "TTLoRA", "ThreeFactor", "TiedLoRA", "TinyLoRA", "TokenRows",
+    "Truncated", "UniLoRA", "VBLoRA", "VeRA", "WaveFT",
 ]  # fmt: skip

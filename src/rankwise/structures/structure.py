@@ -26,6 +26,7 @@ from rankwise.host import Correction, Host, Site
 from rankwise.ops import Dense, Hadamard, LinearOperator, Scaled
 
 Factors: TypeAlias = Mapping[str, Tensor]
+SAMPLED = "sampled"  # among the factors of a structure that ``samples``, while it trains
 
 
 class Start(Enum):
@@ -117,6 +118,7 @@ class Structure(ABC):
     - ``chain``: room for finished pairs beside the one in training; ``open_chain``: for any number of them;
     - ``delta``: an anchor that W's own change is measured from;
     - ``not_mergeable``: no dense form, ``weight`` raises: excepted from L1;
+    - ``samples``: a random map while training, excepted from L1 then; ``weight`` is its mean;
     - ``moves_at_start``, ``identity_to_rounding``: documented exceptions to L2.
     """
 

@@ -41,6 +41,18 @@ def check_dense(wrapper: str, inner: Structure) -> None:
         raise IncompatibleAxes(f"{wrapper} needs the weight inside; {inner!r} has none. Put it on top, by Stack.")
 
 
+def check_still(wrapper: str, *inner: Structure) -> None:
+    """Refuse a structure inside that is a random map while training.
+
+    Raises:
+        IncompatibleAxes: it is.
+    """
+    if any("samples" in structure.traits for structure in inner):
+        raise IncompatibleAxes(
+            f"{wrapper} holds no map that is drawn while training; found {inner!r}. Take VeRA there."
+        )
+
+
 @final
 @dataclass(frozen=True)
 class Magnitude(Structure):
@@ -130,7 +142,7 @@ class Anchored(Added):
 
     def start(self, site: Site, weight: Callable[[], Tensor], leaf: LeafStart) -> dict[str, Tensor]:
         f = self.inner.start(site, weight, leaf)
-        return {**f, **named("anchor", {name: value.clone() for name, value in f.items()})}
+        return {**f, **named("anchor", f)}
 
     def delta(self, f: Factors) -> LinearOperator:
         assert isinstance(self.inner, Added)
@@ -151,6 +163,7 @@ class Rows(Structure):
     parts: tuple[tuple[str, int, int], ...]
 
     def __post_init__(self) -> None:
+        check_still("A range of rows", self.inner)
         keep(self, parts=tuple(tuple(p) for p in self.parts), traits=self.inner.traits - {"additive"})
         spans = sorted((a, b) for _, a, b in self.parts)
         overlap = any(one[1] > two[0] for one, two in zip(spans, spans[1:], strict=False))
@@ -232,6 +245,7 @@ class Stack(Structure):
 
     def __post_init__(self) -> None:
         check_dense("A stack on top", self.first)
+        check_still("A stack", self.first, self.second)
         common = self.first.traits & self.second.traits
         either = (self.first.traits | self.second.traits) & {"identity_to_rounding", "moves_at_start", "not_mergeable"}
         keep(self, traits=(common | either) - {"additive"})

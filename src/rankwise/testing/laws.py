@@ -76,7 +76,7 @@ def check_on(structure: Structure, layer: Layer, known: Iterable[type] = (), tol
         compare("L2 identity", model(x), base(x))
     compare.figures["effect"] = randomise(adapter, lambda: model(x))
     if "not_mergeable" not in structure.traits:  # else it has no dense form, and its own tests say what it means
-        _meaning(compare, model, truth(base, adapter), x)
+        _meaning(compare, model, truth(base, adapter), x, "samples" in structure.traits)
         for factors in adapter.sites.values():
             _batch(compare, factors)
     if layer.rowwise:
@@ -85,9 +85,9 @@ def check_on(structure: Structure, layer: Layer, known: Iterable[type] = (), tol
     return compare.figures
 
 
-def _meaning(compare: Comparison, model: nn.Module, dense: nn.Module, x: Tensor) -> None:
-    """L1, in both modes, and for the gradient with respect to the input."""
-    for mode, name in ((True, "training"), (False, "evaluation")):
+def _meaning(compare: Comparison, model: nn.Module, dense: nn.Module, x: Tensor, samples: bool) -> None:
+    """L1, in both modes (but for the trait), and for the gradient with respect to the input."""
+    for mode, name in ((False, "evaluation"),) if samples else ((True, "training"), (False, "evaluation")):
         compare("L1 meaning", model.train(mode)(x), dense.train(mode)(x), f", {name}")
     if x.is_floating_point():
         z = x.clone().requires_grad_()

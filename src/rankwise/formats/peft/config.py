@@ -41,14 +41,23 @@ _KNOWN += """
     scaling use_idwt wavelet_family
 """
 _DEFAULTS |= dict(config_A_B="lora", gralora_k=2, hybrid_r=0)
+# settings of the methods in sharing.py, as above
+_KNOWN += """
+    d_initial generator_seed init_logits_std init_theta_d_bound init_vector_bank_bound num_vectors proj_seed
+    projection_prng_key pvera_dropout randlora_alpha randlora_dropout save_indices save_only_topk_weights
+    save_projection sparse theta_d_length topk unilora_dropout vblora_dropout vector_length vera_dropout very_sparse
+"""
+_DEFAULTS |= dict(randlora_alpha=640, topk=2)
 # dropout of the layer's input, by method
 DROPOUTS = {"LORA": "lora_dropout", "ADALORA": "lora_dropout", "HIRA": "hira_dropout"}
 DROPOUTS |= {"GRALORA": "gralora_dropout", "TINYLORA": "tinylora_dropout"}
 DROPOUTS |= {"MISS": "miss_dropout", "PSOFT": "psoft_dropout"}
+DROPOUTS |= {"VERA": "vera_dropout", "PVERA": "pvera_dropout", "RANDLORA": "randlora_dropout"}
+DROPOUTS |= {"VBLORA": "vblora_dropout", "UNILORA": "unilora_dropout"}
 # settings that change the map, in ways that no structure here expresses
 _LOST = """
     alora_invocation_tokens apply_GS arrow_config coft layer_replication megatron_config monteclora_config
-    use_qalora velora_config
+    sample_at_inference use_qalora velora_config
 """
 _INITS = {"true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lycoris", "pissa"}
 _INITS |= {"uniform", "bat", "mini", "kaiming_uniform", "xavier_uniform"}

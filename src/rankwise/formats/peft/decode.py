@@ -18,9 +18,9 @@ from rankwise.structures.wrappers import named
 
 
 def decode(
-    config: Mapping[str, Any], place: Place, module: Any, tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any], place: Place, module: Any, tensors: Mapping[str, Tensor], common: Mapping[str, Tensor]
 ) -> tuple[Structure, dict[str, Tensor]]:
-    """The structure and factors of one site, checked against each other.
+    """The structure and factors of one site, those in common with others among them, checked against each other.
 
     Raises:
         ConversionError: a map that no structure of ours expresses.
@@ -29,7 +29,7 @@ def decode(
     kind, site = config["peft_type"], place.candidate.site
     check(kind, site, module)
     try:
-        f = ours(kind, place, tensors)
+        f = {**ours(kind, place, tensors), **common}
         structure = _structure(config, place, f)
         if structure.factors(site).keys() - f.keys():
             f |= {k: v for k, v in made_anew(structure, site, module).items() if k not in f}
@@ -59,9 +59,7 @@ def decode(
     if want != have:
         raise FileFormatError(f"{site.name} needs factors of the shapes {want}; the file gives {have}.")
     if not all(factor.inside(f[name]) for name, factor in described.items()):
-        raise FileFormatError(
-            f"Entries of {site.name} lie on its {site.rows} x {site.cols} places; the file has others."
-        )
+        raise FileFormatError(f"Whole numbers of {site.name} choose entries; the file chooses others than there are.")
     wide = {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in f.items() if v.is_floating_point()}
     return structure, {k: v.contiguous().clone() for k, v in {**f, **wide}.items()}
 

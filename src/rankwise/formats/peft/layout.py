@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rankwise.candidates import Candidate, base_modules, candidates
 from rankwise.errors import ConversionError
-from rankwise.formats.peft import augmented, rotating, spectral_domain, threefactor
+from rankwise.formats.peft import augmented, rotating, sharing, spectral_domain, threefactor
 from rankwise.formats.peft.method import Method
 from rankwise.host import LAYER, Site, host_of
 from rankwise.inits import Kaiming
@@ -37,7 +37,8 @@ METHODS = {
     "HIRA": Method(HiRA, {"a": "hira_A", "b": "hira_B"}, _ALL, ("dilation",)),
     "OFT": Method(OFT, {"q": "oft_R.weight"}, ("Linear", "Conv2d"), ("groups",), kin=(PatchOFT,), square=True),
 }
-METHODS |= {**augmented.METHODS, **rotating.METHODS, **spectral_domain.METHODS, **threefactor.METHODS}
+_FAMILIES = (augmented, rotating, sharing, spectral_domain, threefactor)
+METHODS |= {kind: method for family in _FAMILIES for kind, method in family.METHODS.items()}
 
 
 def layer_of(site: Site, module: Any) -> str:

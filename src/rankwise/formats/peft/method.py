@@ -27,6 +27,9 @@ class Method:
         kin: further structures of ours that it holds.
         square: kernels have one size.
         bias: whether PEFT's of a structure acts on the layer's bias too, which ours never does.
+        common: factors that all layers share, and PEFT's names of them at the model's level.
+        sized: those factors, cut or padded to the size that PEFT gives them for the most outputs and inputs of a layer.
+        gather: from all tensors of a file, the factors in common that it does not hold as such.
     """
 
     structure: type[Structure]
@@ -39,3 +42,6 @@ class Method:
     kin: tuple[type[Structure], ...] = ()
     square: bool = False
     bias: Callable[[Any], bool] | None = None
+    common: Mapping[str, str] = field(default_factory=dict)
+    gather: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    sized: Callable[[dict[str, Tensor], int, int], dict[str, Tensor]] | None = None

@@ -63,6 +63,8 @@ class _Loading:
         self.modules: dict[str, Any] = base_modules(model)
         self.places = {p.path: p for p in places(model, config.get("target_parameters") or ())}
         self.placed: dict[str, tuple[Placement, dict[str, Tensor]]] = {}
+        self.common: dict[str, Tensor] = {}  # factors that all layers share
+        self.begun: dict[Any, Tensor] = {}  # those of the sites so far, where they live
         self.tied: Literal["refuse", "tie", "untie"] = "refuse"
         head = output_head(model)
         embedding = None if head is None else model.get_input_embeddings()
@@ -72,7 +74,14 @@ class _Loading:
     def put(self, placement: Placement, values: dict[str, Tensor]) -> None:
         path, slot, _ = placement.carriers[0]
         device = host_of(self.modules[path], slot).parameter().device
-        self.placed[placement.site.name] = (placement, {k: v.to(device) for k, v in values.items()})
+        labels = {k: factor.shared for k, factor in placement.structure.factors(placement.site).items()}
+        for k, v in values.items():
+            key = k, labels[k], v.shape
+            held = self.begun.get(key)
+            values[k] = v.to(device) if held is None else held
+            if labels[k] is not None:
+                self.begun[key] = values[k]
+        self.placed[placement.site.name] = (placement, values)
 
     def replace(self, path: str, name: str, value: Tensor) -> None:
         """Train a parameter whole."""
@@ -119,7 +128,7 @@ class _Loading:
             why = "outside of the target modules: PEFT drops them too" if dropped else "whose rank is 0"
             self.left.append(f'tensors of "{place.key}", {why}')
             return
-        structure, values = decode(self.config, place, module, tensors)
+        structure, values = decode(self.config, place, module, tensors, self.common)
         pad = getattr(module, "padding_idx", None)
         if pad is not None and ("magnitude" in values or values["a"][:, pad].any()):
             self.left.append(f"the update of {place.key}'s padding row {pad}, which stays the base's")
@@ -177,6 +186,28 @@ class _Loading:
         self.left.append(f"the tie between {path} and {head}: the adapter treats them apart")
 
 
+def _common(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The factors that all layers share, taken out of the file's tensors.
+
+    Raises:
+        ConversionError: the file lacks them, for PEFT to draw them again.
+    """
+    method = METHODS.get(config["peft_type"])
+    if method is None or not method.common:
+        return {}
+    try:
+        more = method.gather(tensors) if method.gather else {}
+        found = {**{k: tensors[f"base_model.{name}"] for k, name in method.common.items()}, **more}
+    except LookupError as error:
+        raise ConversionError(
+            f"Random numbers are kept, not drawn again; the file lacks {error}. Save it from PEFT with "
+            f"save_projection=True (Uni-LoRA: save_indices=True) in its settings."
+        ) from error
+    for key in [k for k in tensors if k.rpartition(".")[2] in method.common.values()]:
+        del tensors[key]  # RandLoRA's are there once more at every layer
+    return found
+
+
 def _recipe(load: _Loading) -> Recipe:
     """The point of the method space that gives these placements."""
     at = {Target(name, "glob"): p.structure for name, (p, _) in load.placed.items()}
@@ -223,7 +254,9 @@ def load(model: nn.Module, path: str | Path, name: str = "default", trainable: b
     folder, left = Path(path), []
     loading = _Loading(model, read_config(folder, left), left)
     factors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _read_tensors(folder).items():
+    found = _read_tensors(folder)
+    loading.common = _common(loading.config, found)
+    for key, tensor in found.items():
         if match := _FACTOR.match(key):
             factors.setdefault(match["path"] or "", {})[match["leaf"]] = tensor
         else:

@@ -71,6 +71,14 @@ class _Draft:
         self.targets.append(place.key)
         return place
 
+    def share(self, p: Placement, factors: Mapping[str, Tensor]) -> None:
+        """Factors that all layers have in common."""
+        for name, value in factors.items():
+            held = self.tensors.setdefault(f"base_model.{METHODS[self.kind or ''].common[name]}", value.contiguous())
+            if not torch.equal(held, value):
+                why = f"it has one {name} for all layers, and here layers of unlike shapes have their own"
+                raise _refuse(p, f"{why} (VeRA takes widths=(most outputs, most inputs) for that)")
+
     def spread(self, key: str, values: Mapping[str, Any], patterns: str | None = None) -> None:
         """A setting of every site: the commonest value, and patterns for the others."""
         common = Counter(values.values()).most_common(1)[0][0]
@@ -223,9 +231,12 @@ def _plain(d: _Draft, placements: list[Placement]) -> None:
     """A method whose table entry says all."""
     said: dict[str, dict[str, Any]] = {}
     method = METHODS[d.kind or ""]
+    most = max(p.site.rows for p in placements), max(p.site.cols for p in placements)
     for p in placements:
         f = d.factors(p)
         found = method.settings(p.structure, p.site, f) if method.settings else {}
+        common = {k: f.pop(k) for k in method.common}
+        d.share(p, method.sized(common, *most) if method.sized else common)
         if rest := f.keys() - method.names.keys():
             anew = made_anew(p.structure, p.site, d.modules[p.carriers[0][0]])
             if odd := [k for k in rest if not torch.allclose(f.pop(k), anew[k].cpu(), rtol=1e-4, atol=1e-6)]:
