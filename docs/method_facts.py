@@ -118,8 +118,8 @@ def peft(s: Subject) -> str:
         config = json.loads((Path(folder) / "adapter_config.json").read_text())
     if "whole" in s.structure.traits:
         return "written and read, as a module saved whole"
-    rank, dora = config.get("r"), " with DoRA's magnitude" if config.get("use_dora") else ""
-    return f"written and read, as {report.method}{f' of rank {rank}' if rank else ''}{dora}"
+    rank, dora = config.get("r"), ", with DoRA's magnitude" if config.get("use_dora") else ""
+    return f"written and read, as {report.method}{f', r = {rank}' if rank else ''}{dora}"
 
 
 def gauge(recipe: Any) -> str:

@@ -55,7 +55,11 @@ def test_claims_name_their_source_and_reach_their_pages():
         assert f"\n## The paper's claim\n\n{claims.get(name, 'Not noted.')}\n" in text
 
 
-@pytest.mark.parametrize("name", ["lora", "pissa", "dora", "oft", "bi_lora", "dylora", "galore", "relora", "vera"])
+FILES = ["lora", "pissa", "dora", "oft", "bi_lora", "dylora", "galore", "relora", "vera"]
+FILES += ["ia3", "psoft", "c3a", "glora"]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_facts_agree_with_the_files(name, tmp_path):
     """Against an adapter that is saved, exported and loaded again, where the pages only count and ask."""
     recipe = rw.recipe(name)
@@ -72,7 +76,7 @@ def test_facts_agree_with_the_files(name, tmp_path):
     found = peft.load(nn.Sequential(nn.Linear(256, 256, bias=False)), tmp_path / "peft").placements[0].structure
     rank = getattr(getattr(found, "inner", found), "rank", None)
     assert told["PEFT"].startswith("written and read, as ")
-    assert (f"of rank {rank}" in told["PEFT"]) == (rank is not None)
+    assert (f", r = {rank}" in told["PEFT"]) == (rank is not None)
     if told["As a plain LoRA"].startswith("exactly"):
         assert f"of rank {rank}" in told["As a plain LoRA"]
 

@@ -70,7 +70,7 @@ def _road_settings(s: RoAd, site: Site, f: Values) -> dict[str, Any]:
 
 def _psoft(config: Config, site: Site, f: Values) -> Structure:
     kept = {"psoft_orth": True, "ab_svd_init": "psoft_init", "psoft_svd": "full"}
-    if other := {key: config[key] for key, value in kept.items() if config[key] != value}:
+    if other := {key: config[key] for key, value in kept.items() if config.get(key, value) != value}:
         raise _refuse(site, f"PSOFT with {other}")
     terms = config["num_cayley_neumann_terms"] if config["use_cayley_neumann"] else None
     if terms is not None and terms < 3 or len(f) == 2:
