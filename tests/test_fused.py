@@ -463,3 +463,22 @@ def test_autocast_gives_what_the_casts_give(structure):
         assert (y.double() - want).norm() < 2**-6 * want.norm()
         if dtype == torch.bfloat16:
             assert torch.equal(y, layer(x.to(dtype)))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa"])
+def test_a_lone_token_without_a_batch(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4)).double()
+    adapter = rw.attach(model, rw.recipe(method, rank=2))
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(torch.randn_like(p) / 4)
+    x = torch.randn(6, dtype=torch.float64)
+    found = []
+    for given in (x, x.unsqueeze(0)):
+        model.zero_grad()
+        y = model(given)
+        y.square().sum().backward()
+        found.append([y.flatten(), *(p.grad.clone() for p in adapter.parameters())])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)

@@ -90,6 +90,8 @@ class Bundle(NamedTuple):
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """The output of every part, in x's dtype, differentiable twice: (*batch, T, N) to (*batch, T, M)."""
+        if x.dim() == 1:  # a lone token
+            return tuple(y.squeeze(0) for y in self(x.unsqueeze(0)))
         rows = cols = None
         if self.how[0]:
             shapes = (*x.shape[:-1], 1), x.shape[-1:]
