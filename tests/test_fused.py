@@ -475,9 +475,9 @@ def test_a_lone_token_without_a_batch(method):
             p.add_(torch.randn_like(p) / 4)
     x = torch.randn(6, dtype=torch.float64)
     found = []
-    for given in (x, x.unsqueeze(0)):
+    for tokens in (x, x.unsqueeze(0)):
         model.zero_grad()
-        y = model(given)
+        y = model(tokens)
         y.square().sum().backward()
         found.append([y.flatten(), *(p.grad.clone() for p in adapter.parameters())])
     for one, two in zip(*found, strict=True):
