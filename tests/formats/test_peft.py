@@ -703,6 +703,34 @@ def test_what_peft_has_not_is_refused(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("method", ["hira", "dora_lokr", "quanta", "sinelora", "krona"])
+def test_what_peft_has_not_is_truncated_where_a_rank_is_given(method, tmp_path):
+    """The error that is told is that of the best approximation of the rank, and it is the file's."""
+    model, adapter = attached(rw.recipe(method, sites=rw.Sites(targets="q_proj"), **RANKED.get(method, {})))
+    report = rw.export(adapter, tmp_path, rank=5)
+    if report.error == 0:  # PEFT has it
+        assert method in ("krona", "hira")
+        return
+    assert report.method == "LORA" and f"{report.error:.1%}" in str(report)
+    base, other, worst = made(llama), made(llama), 0.0
+    rw.formats.peft.load(other, tmp_path)
+    for site, factors in adapter.sites.items():
+        w = base.get_submodule(site).weight.detach()
+        change = factors.structure.weight({k: v.detach() for k, v in adapter[site].items()}, w) - w
+        written = rw.adapters(other)["default"].sites[site]
+        near = written.structure.weight({k: v.detach() for k, v in written.factors().items()}, w) - w
+        s = torch.linalg.svdvals(change.detach().double())
+        best = float(s[5:].norm() / s.norm())
+        assert float((near - change).norm() / change.norm()) == pytest.approx(best, rel=1e-3)
+        worst = max(worst, best)
+    assert report.error == pytest.approx(worst, rel=1e-6)
+    with pytest.raises(rw.errors.RankError):
+        rw.export(adapter, tmp_path / "no", rank=10**6)
+
+
+RANKED = {"hira": {"rank": 4}, "dora_lokr": {"rank": 2}, "sinelora": {"rank": 2}}
+
+
 def test_dora_is_of_all_sites_or_of_none(tmp_path):
     sites = rw.Sites(targets=("q_proj", "v_proj"), overrides={"v_proj": rw.recipe("lora", rank=2).structure})
     _, adapter = attached(rw.recipe("dora", rank=4, sites=sites))

@@ -10,15 +10,17 @@ from rankwise.formats.report import ExportReport
 __all__ = ["ExportReport", "export", "peft"]
 
 
-def export(adapter: Adapter, path: str | Path, to: str = "peft") -> ExportReport:
+def export(adapter: Adapter, path: str | Path, to: str = "peft", *, rank: int | None = None) -> ExportReport:
     """Write an adapter in another tool's format.
 
-    Exact: the other tool computes the same map, or the export is refused with the reason.
+    Exact: the other tool computes the same map, or the export is refused with the reason; unless a rank is given.
 
     Args:
         adapter: the adapter, on its model.
         path: folder to write into.
         to: the tool: "peft".
+        rank: write an update that the tool has no method for as the LoRA of this rank that is nearest to it (truncated
+            SVD); the report says how far that is.
 
     Returns:
         What was written, and what the format cannot say.
@@ -30,4 +32,4 @@ def export(adapter: Adapter, path: str | Path, to: str = "peft") -> ExportReport
     """
     if to != "peft":
         raise UnknownName(f'The other tools that adapters are exported to are: "peft"; found "{to}".')
-    return peft.write(adapter, path)
+    return peft.write(adapter, path, rank)

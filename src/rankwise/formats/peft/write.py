@@ -25,6 +25,7 @@ from rankwise.formats.report import ExportReport
 from rankwise.host import host_of
 from rankwise.structures import OFT, Added, Chain, LoRA, LoRAFA, Magnitude, Replace, Rows, Stack, Structure, TokenRows
 from rankwise.structures.convolutions import CrossGroup, PatchOFT
+from rankwise.structures.structure import check_rank
 from rankwise.structures.wrappers import under
 
 WEIGHTS = "adapter_model.safetensors"
@@ -39,8 +40,8 @@ def _refuse(p: Placement, why: str) -> ConversionError:
 class _Draft:
     """The file as it grows: its method, tensors and settings, and what it cannot say."""
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
+    def __init__(self, adapter: Adapter, rank: int | None) -> None:
+        self.adapter, self.rank, self.error = adapter, rank, 0.0
         self.kind: str | None = None
         self.modules: dict[str, Any] = base_modules(adapter.model)
         parameters = [p.site.name for p in adapter.placements if p.site.kind == "parameter"]
@@ -127,14 +128,27 @@ def _exactly(structure: Structure, f: dict[str, Tensor], rows: int) -> Pair | No
     return low and _unit(low.right, low.left)
 
 
+def _nearest(d: _Draft, p: Placement, structure: Structure, f: dict[str, Tensor]) -> Pair:
+    """The LoRA of the draft's rank that is nearest to an update; how far it is goes into the draft."""
+    w = d.host(p).weight().detach().float().cpu()
+    u, s, vt = torch.linalg.svd((structure.weight(f, w) - w).double(), full_matrices=False)
+    rank = check_rank(d.rank or 1, p.site, s.shape[-1])
+    lost = float((s[..., rank:].square().sum() / s.square().sum().clamp_min(1e-300)).sqrt())
+    d.error = max(d.error, lost)
+    d.notes.append(f"{p.site.name}: the nearest LoRA of rank {rank}, {lost:.2%} of the update is lost")
+    root = s[..., :rank].sqrt()
+    return _unit((root.unsqueeze(-1) * vt[..., :rank, :]).float(), (u[..., :rank] * root.unsqueeze(-2)).float())
+
+
 def _pair(d: _Draft, p: Placement) -> Pair:
     f, structure, path = d.factors(p), p.structure, p.carriers[0][0]
     if isinstance(structure, Stack) and isinstance(structure.first, Replace):
         d.add(path, {"base_layer.weight": d.host(p).tensor(f["first_value"])})
         structure, f = structure.second, under("second", f)
     found = _exactly(structure, f, p.site.rows)
-    if found is None:
-        raise _refuse(p, "it has no such method")
+    if found is None and d.rank is None:
+        raise _refuse(p, "it has no such method; rank=R writes the nearest LoRA of that rank")
+    found = found or _nearest(d, p, structure, f)
     if "magnitude" in found[1]:
         if p.site.kind == "parameter" or len(p.carriers) > 1 or p.site.groups > 1:
             raise _refuse(p, "its DoRA takes no bare parameters, no tied heads and no groups")
@@ -324,7 +338,7 @@ def _method(d: _Draft, placements: list[Placement]) -> str:
     return kind if fits else "LORA"
 
 
-def write(adapter: Adapter, path: str | Path) -> ExportReport:
+def write(adapter: Adapter, path: str | Path, rank: int | None = None) -> ExportReport:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` for PEFT 0.21.2.
 
     A PiSSA is written as plain LoRA of twice the rank, so that nothing is recomputed on load. Settings that are not
@@ -333,6 +347,7 @@ def write(adapter: Adapter, path: str | Path) -> ExportReport:
     Args:
         adapter: the adapter, on its model.
         path: folder to write into.
+        rank: of the nearest LoRA, for updates that PEFT has no method for; None refuses them.
 
     Returns:
         What was written, and what the format cannot say.
@@ -341,7 +356,7 @@ def write(adapter: Adapter, path: str | Path) -> ExportReport:
         ConversionError: a structure or a site that PEFT cannot hold.
         SaveError: the disk is full or not writable.
     """
-    d, folder = _Draft(adapter), Path(path)
+    d, folder = _Draft(adapter, rank), Path(path)
     placements = io.served(adapter.placements)
     whole = [p for p in placements if isinstance(p.structure, Replace)]
     tokens = [p for p in placements if isinstance(p.structure, TokenRows)]
@@ -357,7 +372,7 @@ def write(adapter: Adapter, path: str | Path) -> ExportReport:
     text = json.dumps(_config(d), indent=2, sort_keys=True)
     io.atomically(folder / WEIGHTS, lambda file: save_file(d.tensors, file, {"format": "pt"}))
     io.atomically(folder / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
-    return ExportReport(folder, d.kind, len(adapter), tuple(d.notes))
+    return ExportReport(folder, d.kind, len(adapter), tuple(d.notes), d.error)
 
 
 def _config(d: _Draft) -> dict[str, Any]:
