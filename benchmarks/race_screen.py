@@ -4,14 +4,17 @@
    successive halving, two seeds), on Shakespeare.
 2. Finals: the best six, LoRA (twice) and full fine-tuning on the embedded model, on two domains, three paired seeds.
 
-Each race is written as FOLDER/NAME/race.json and race.png. An interrupted race goes on where it was.
+Each race is written as FOLDER/NAME/race.json and race.png. An interrupted race goes on where it was. With ``--publish``
+nothing is run: the races in FOLDER become docs/race.json, docs/our-race.md and pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import shutil
 import struct
 import sys
 import time
@@ -179,6 +182,40 @@ def main(folder: Path, steps: tuple[int, int], finalists: int) -> None:
         run(domain, "embedded", domain, best, 3, steps[1], 1.0, base_text=files[domain]["own"])
 
 
+TITLES = {"screen": "Screen", "shakespeare": "Finals on Shakespeare", "german": "Finals on German"}
+DOCS = Path(__file__).parents[1] / "docs"
+LINE = "| {method} | {lr:.2g}{edge} | {parameters:,} | {loss:.4f} | {share} | {word} |"
+COLUMNS = "| method | rate | parameters | loss | better by | verdict |\n|---|--:|--:|--:|---|---|\n"
+
+
+def publish(folder: Path) -> None:
+    """The races of a folder as the manual's page, without the places of files."""
+    pages, kept = [], {}
+    for name, title in TITLES.items():
+        file = folder / name / "race.json"
+        if not file.exists():
+            continue
+        told = json.loads(file.read_text())
+        lines = []
+        for row in told["rows"]:
+            run, verdict = row.pop("run"), row["verdict"]
+            row |= {"lr": run["lr"], "rank": run["rank"], "options": run["options"]}
+            spread = verdict and "{difference:+.1%} [{low:+.1%}, {high:+.1%}]".format(**verdict)
+            loss = math.inf if row["loss"] is None else row["loss"]
+            said = {**row, "loss": loss, "edge": "*" * row["edge"], "share": spread or ""}
+            lines.append(LINE.format(**said))
+        kept[name] = told
+        shutil.copy(file.with_name("race.png"), DOCS / "img" / f"race-{name}.png")
+        facts = f"Base {told['base']:.4f}; full fine-tuning gains {told['gain']:.4f} nats; {len(told['seeds'])} seeds."
+        picture = f"![Differences to tuned LoRA with intervals](img/race-{name}.png)"
+        pages.append(f"## {title}\n\n{facts}\n\n{COLUMNS}" + "\n".join(lines) + f"\n\n{picture}\n")
+    head = (DOCS / "our-race.md").read_text().split("## ")[0]
+    (DOCS / "our-race.md").write_text(head + "\n".join(pages))
+    (DOCS / "race.json").write_text(
+        json.dumps(kept["screen"] | {"finals": {k: v for k, v in kept.items() if k != "screen"}}, indent=1) + "\n"
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.race_screen", description="Our own race.")
     parser.add_argument("folder", type=Path, help="for the ledger, the tables and the pictures")
@@ -186,6 +223,10 @@ if __name__ == "__main__":
         "--steps", type=int, nargs=2, default=(200, 120), help="of the screen's and of the finals' runs"
     )
     parser.add_argument("--finalists", type=int, default=6)
+    parser.add_argument("--publish", action="store_true", help="write the manual's page from the races in FOLDER")
     options = parser.parse_args()
+    if options.publish:
+        publish(options.folder)
+        sys.exit()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     main(options.folder, tuple(options.steps), options.finalists)
