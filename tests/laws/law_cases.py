@@ -219,9 +219,8 @@ TOKENS: tuple[Structure, ...] = (
 ACROSS: tuple[Structure, ...] = (CrossGroup(6), CrossGroup(8, None), Stack(OFT(4), CrossGroup(6, 3.0, "alpha/sqrt(r)")))
 PATCHES: tuple[Structure, ...] = (PatchOFT(4), PatchOFT(3, terms=5), Stack(Replace(), PatchOFT(4)))
 ACTIVATIONS: tuple[Structure, ...] = (LowRankActivation(3),)
-STRUCTURES = (*LEAVES, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES, *ACTIVATIONS)
 SAMPLED: tuple[Structure, ...] = (PVeRA(3), PVeRA(3, widths=(40, 40)), Magnitude(PVeRA(2)))
-STRUCTURES = (*LEAVES, *SAMPLED, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES)
+STRUCTURES = (*LEAVES, *SAMPLED, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES, *ACTIVATIONS)
 
 
 def normal(*shape: int) -> Callable[[int], Tensor]:

@@ -28,6 +28,7 @@ def built(structure: Structure, layer: Layer, dtype: torch.dtype) -> tuple[nn.Mo
     model = layer.make().to(dtype)
     model.load_state_dict(base.state_dict())
     adapter = rw.attach(model, rw.Recipe(structure, sites=layer.sites))
+    model.train("samples" not in structure.traits)
     randomise(adapter, lambda: model(layer.inputs(2).to(dtype)))
     return base, model, adapter
 

@@ -35,7 +35,7 @@ class Gaussian(Drawn):
     requires = frozenset({"random_start"})
 
     def draw(self, factor: Factor) -> Tensor:
-        std = self.std if self.std is not None else 1 / factor.dims.get("rank", factor.shape[-1])
+        std = self.std if self.std is not None else 1 / max(factor.dims.get("rank", factor.shape[-1]), 1)
         return torch.randn(factor.shape) * std
 
 

@@ -92,7 +92,8 @@ def served_rank(structure: Structure) -> int | None:
     if not isinstance(structure, Added | Chain) or type(structure) in _OWN_KIND:
         return None
     with torch.device("meta"):
-        factors = {name: torch.empty(f.shape) for name, f in structure.factors(_LAYER).items()}
+        kinds = {True: torch.int64, False: torch.float32}
+        factors = {k: torch.empty(f.shape, dtype=kinds[f.below > 0]) for k, f in structure.factors(_LAYER).items()}
         low = structure.delta(factors).lower()
     return None if low is None else low.left.shape[-1]
 
