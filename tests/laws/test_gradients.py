@@ -19,7 +19,7 @@ CHOSEN = [
     if layer in (*LINEAR[:1], *LINEAR[2:4], CONV[0]) and "not_mergeable" not in structure.traits
 ]
 FORMS = {"cheapest": None, **{form.value: form for form in Form}}
-EVERY = [(*case, form) for case in CHOSEN for form in FORMS if form == "cheapest" or case[1] is not CONV[0]]
+EVERY = [(*case, form) for case in CHOSEN for form in FORMS if form == "cheapest" or case[1] is LINEAR[0]]
 
 
 def built(structure: Structure, layer: Layer, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, rw.Adapter]:
