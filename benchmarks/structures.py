@@ -72,6 +72,8 @@ def theirs(adapter: rw.Adapter) -> Any:
             return None
         if kind == "LORA" and adapter.recipe.name not in ("lora", "dora", "rslora"):
             return None  # a conversion, and no method of PEFT's
+        if kind == "BOFT":
+            return None  # PEFT's needs a CUDA extension for more than one level
         return peft.PeftModel.from_pretrained(layer(), Path(folder) / "a", is_trainable=True)
 
 
