@@ -300,7 +300,7 @@ def _checked(file: Path, placements: Sequence[Placement], flat: dict[str, Tensor
             raise FileFormatError(
                 f"{key} in {file} should hold {'whole' if below else 'finite'} numbers, and does not."
             )
-        if below and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < below:
+        if not described[key].inside(tensor):
             raise FileFormatError(
                 f"{key} in {file} lies from 0 to {below - 1}; found {tensor.min()} to {tensor.max()}."
             )

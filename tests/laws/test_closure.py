@@ -80,7 +80,7 @@ SOLVERS = (
     *(Landing(), StelLA(), StelLA(16.0)),
     *(RefLoRA(warmup=2), RefLoRAS(warmup=2), LoRARITE(), AltLoRA(0.1), AltLoRAPlus(), ALS(0.1), RoLoRA(), LoFT()),
     *(LoRAPro(), LoRAPro("zero"), Riemannion(), Riemannion(orthogonal=False), Muon(), Muon(whiten=True)),
-    *(LORO(), LORO(2, lazy=1.0)),
+    *(LORO(), LORO(1), LORO(2, lazy=1.0)),
     *(GaLore(4, every=5), GaLore(4, iterations=2, weight_decay=0.1), Fira(4), Apollo(4), ApolloMini(), Flora(4)),
 )
 RANKS = (

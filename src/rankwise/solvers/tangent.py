@@ -145,8 +145,18 @@ def retract(b: Tensor, a: Tensor, h_b: Tensor, h_a: Tensor) -> tuple[Tensor, Ten
     """
     left = split(b, powers(b.mT @ b, 0.5, -0.5), h_b)
     right = split(a.mT, powers(a @ a.mT, 0.5, -0.5), h_a.mT)
-    x, s, y = leading(sum(cores(left, right)))  # type: ignore[arg-type]  (of two tensors)
-    return left.columns(x * s.sqrt()), right.columns(y * s.sqrt()).mT
+    point, tangent = cores(left, right)
+    x, s, y = leading(point + tangent)
+    moved = nonzero(s)
+    return torch.where(moved, left.columns(x * s.sqrt()), b), torch.where(moved, right.columns(y * s.sqrt()).mT, a)
+
+
+def nonzero(s: Tensor) -> Tensor:
+    """Where a product of leading singular values s (S, *, 1, r) is not zero: (S, *, 1, 1).
+
+    A zero product has no factors to be read off: at b = 0 and a rate of 0 they stay what they are.
+    """
+    return s[..., :1] > 0
 
 
 @final
@@ -185,7 +195,7 @@ class Ride(Transform):
         # the part of the mean along the new b is left out by the next step
         mean = {"b": left.columns(tangent @ y * over), "a": right.columns(tangent.mT @ x * over).mT}
         after = {"b": left.columns(x * s.sqrt()), "a": right.columns(y * s.sqrt()).mT}
-        moved = s[..., :1] > 0  # a zero product has no factors to be read off (b = 0 and a rate of 0)
+        moved = nonzero(s)
         for role, (old, carried) in {"b": (b, h_b), "a": (a, h_a)}.items():
             step.state[f"mean.{role}"] = torch.where(moved, mean[role], carried)
             step.values[role] = torch.where(moved, after[role], old)

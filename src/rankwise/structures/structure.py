@@ -212,22 +212,6 @@ class Additive(Added, Leaf):
         return Scaled(self.operator(f), self.scale)
 
 
-class Rotation(Leaf):
-    """``W R``: a rotation of the input space, exactly identity at R = I."""
-
-    @abstractmethod
-    def operator(self, f: Factors) -> LinearOperator:
-        """R, (in, in)."""
-
-    @final
-    def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
-        return host.rotate(self.operator(f), x)
-
-    @final
-    def weight(self, f: Factors, w: Tensor) -> Tensor:
-        return self.operator(f).T.mv(w)
-
-
 class Sided(Leaf):
     """``L W R``: operators on the output and on the input of the frozen map."""
 
@@ -246,6 +230,18 @@ class Sided(Leaf):
         left, right = self.sides(f)
         w = w if right is None else right.T.mv(w)
         return w if left is None else left.mv(w.mT).mT
+
+
+class Rotation(Sided):
+    """``W R``: a rotation of the input space, exactly identity at R = I."""
+
+    @abstractmethod
+    def operator(self, f: Factors) -> LinearOperator:
+        """R, (in, in)."""
+
+    @final
+    def sides(self, f: Factors) -> tuple[LinearOperator | None, LinearOperator | None]:
+        return None, self.operator(f)
 
 
 class Gate(Leaf):
