@@ -108,6 +108,7 @@ def hide_from_checkpoints(model: nn.Module) -> None:
     """Have ``save_pretrained`` write the base alone."""
     if not hasattr(type(model), "_keys_to_ignore_on_save"):
         return
-    own = getattr(type(model), "_keys_to_ignore_on_save", None) or ()
+    saving: Any = model
+    own: Any = getattr(type(model), "_keys_to_ignore_on_save", None) or ()
     ours = {n for n, _ in model.named_parameters(remove_duplicate=False) if ".adapters." in f".{n}"}
-    model._keys_to_ignore_on_save = type(own)([*own, *ours]) if own else ours or None  # type: ignore
+    saving._keys_to_ignore_on_save = type(own)([*own, *ours]) if own else ours or None
