@@ -64,6 +64,33 @@ def test_low_rank_parts(batch, count, scaled, recompute):
     assert gradgradcheck(node, (x, *flat))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_input_that_no_trained_factor_multiplies_is_not_kept(scaled, dropout, dtype):
+    torch.manual_seed(0)
+    x, flat = tensor(2, 3, 9).detach().to(dtype).requires_grad_(), []
+    for rows in (4, 6):
+        flat += [tensor(rows, 9), tensor(rows, 2), tensor(2, 9), tensor(rows)]
+    flat = [t.detach().to(dtype).requires_grad_(i % 4 in (1, 3)) for i, t in enumerate(flat)]
+    trained = [t for t in flat if t.requires_grad and (scaled or t.dim() > 1)]
+
+    def node(x, *given):
+        torch.manual_seed(1)
+        it = iter(given)
+        return fused.run(
+            x, parts_of([next(it) if any(t is g for g in trained) else t for t in flat], (), 2, scaled, False), dropout
+        )
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        node(x, *trained)
+    assert not any(t.shape == x.shape for t in kept)
+    if dtype is torch.float64:
+        assert gradcheck(node, (x, *trained))
+        assert gradgradcheck(node, (x, *trained))
+
+
 def test_an_output_that_is_not_used_costs_no_gradient():
     x, flat = tensor(2, 3, 5), [tensor(4, 5), tensor(4, 1), tensor(1, 5), tensor(4)] * 2
     first, _ = fused.run(x, parts_of(flat, (), 2, False, False))

@@ -2,8 +2,9 @@
 
 Every part gives ``y = m/n * (x W^T + s drop(x) right^T left^T)``, the row scale m/n only where there is one (DoRA).
 Shapes: x (*batch, T, N), W (M, N), m and n (M,); left (M, r) and right (r, N), or with one leading batch dim
-(B, M, r), (B, r, N), (B, M) for x (B, T, N). x is saved once, as it came; the mask of dropout is made again from two
-small vectors; factors of another dtype are cast again and a quantised weight is dequantised again, never kept.
+(B, M, r), (B, r, N), (B, M) for x (B, T, N). x is saved once, as it came, and not at all where nothing that multiplies
+it is trained; the mask of dropout is made again from two small vectors; factors of another dtype are cast again and a
+quantised weight is dequantised again, never kept.
 """
 
 from collections.abc import Sequence
@@ -96,7 +97,7 @@ class Bundle(NamedTuple):
         if self.how[0]:
             shapes = (*x.shape[:-1], 1), x.shape[-1:]
             rows, cols = (torch.randint(-(2**31), 2**31, s, dtype=torch.int32, device=x.device) | 1 for s in shapes)
-        return _Fused.apply(self.how, x, rows, cols, *self.tensors)
+        return _Fused.apply(self.how, x, rows, cols, *self.tensors)[: len(self.how[1])]
 
 
 def run(x: Tensor, parts: Sequence[Part], dropout: float = 0.0) -> tuple[Tensor, ...]:
@@ -201,32 +202,36 @@ class _Fused(Function):
                 _scaled_rows(y, magnitude, norm, out=y)
             outs.append(y)
             kept.append(None if magnitude is None or recompute else y)
-        if x.dtype in HALF:  # where memory is what one trains in half precision for, h is made again
+        needs = ctx.needs_input_grad[4:]
+        read = any((*needs[::EACH], *needs[2::EACH])) or any(recompute for *_, recompute in fixed)  # x, in backward
+        if read and x.dtype in HALF:  # where memory is what one trains in half precision for, h is made again
             narrow = ()
-        ctx.save_for_backward(x, rows, cols, *tensors, *kept, *narrow)
+        ctx.save_for_backward(x if read else None, rows, cols, *tensors, *kept, *narrow)
         ctx.how = how
         ctx.set_materialize_grads(False)
-        return tuple(outs)
+        return *outs, *narrow  # as an output, what is saved is no constant to a second backward
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (dropout, fixed), n = ctx.how, len(grads)
+        dropout, fixed = ctx.how
+        n = len(fixed)
         x, rows, cols, *rest = ctx.saved_tensors
         tensors, outs, narrow = rest[: EACH * n], rest[EACH * n : EACH * n + n], rest[EACH * n + n :]
         rights, keep = tensors[2::EACH], _keep(rows, cols, dropout)
-        seen = x if keep is None else torch.where(keep, x, 0)
-        if not narrow or torch.is_grad_enabled():  # a saved intermediate is a constant to a second backward
-            narrow = _narrow(seen, rights)
+        seen = x if keep is None or x is None else torch.where(keep, x, 0)
+        narrow = narrow or _narrow(seen, rights)
         flat = _rows if rights[0].dim() == 2 else Tensor.contiguous
         found: list[Tensor | None] = [None] * (4 + EACH * n)
         needs = ctx.needs_input_grad
         backs, wide = [], []
-        for i, (g, h) in enumerate(zip(grads, narrow, strict=True)):
+        onto = grads[n:] or (None,) * n  # in a second backward, of the saved intermediates
+        used = [grads[i] is not None or onto[i] is not None for i in range(n)]
+        for i, (g, h) in enumerate(zip(grads[:n], narrow, strict=True)):
             frozen, scale, _ = fixed[i]
             weight, left, _, magnitude, norm = tensors[EACH * i : EACH * i + EACH]
             at = 4 + EACH * i
             if g is None:
-                backs.append(torch.zeros_like(h))
+                backs.append(torch.zeros_like(h) if onto[i] is None else onto[i])
                 continue
             if magnitude is not None:
                 if outs[i] is None:
@@ -235,9 +240,11 @@ class _Fused(Function):
                 else:  # the output is m/n times that
                     found[at + 3] = _over_tokens(g * outs[i], norm) / _nonzero(magnitude)
                 g = _scaled_rows(g, magnitude, norm)
-            backs.append(_times(scale, g @ _cast(left, g)))
+            back = _times(scale, g @ _cast(left, g))
+            backs.append(back if onto[i] is None else back + onto[i])
             g = flat(g)
-            found[at + 1] = _times(scale, _cast(g.mT @ flat(h), left))
+            if needs[at + 1]:
+                found[at + 1] = _times(scale, _cast(g.mT @ flat(h), left))
             if needs[at]:
                 found[at] = _rows(g).mT @ _rows(x)
             wide.append((_rows(g), weight, frozen))
@@ -247,6 +254,7 @@ class _Fused(Function):
             dx = found[1] = dx if keep is None else torch.where(keep, dx, 0)
             for g, weight, frozen in wide:
                 dx.view(-1, dx.shape[-1]).addmm_(g, weight if frozen is None else frozen.dense().to(g.dtype))
-        for i, da in enumerate(_apart(flat(back).mT @ flat(seen), rights, -2)):
-            found[6 + EACH * i] = None if grads[i] is None else _cast(da, rights[i])
+        if any(needs[6::EACH]):
+            for i, da in enumerate(_apart(flat(back).mT @ flat(seen), rights, -2)):
+                found[6 + EACH * i] = _cast(da, rights[i]) if used[i] else None
         return tuple(found)
