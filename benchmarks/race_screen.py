@@ -4,8 +4,9 @@
    successive halving, two seeds), on Shakespeare.
 2. Finals: the best six, LoRA (twice) and full fine-tuning on the embedded model, on two domains, three paired seeds.
 
-Each race is written as FOLDER/NAME/race.json and race.png. An interrupted race goes on where it was. With ``--publish``
-nothing is run: the races in FOLDER become docs/race.json, docs/our-race.md and pictures.
+With ``--later`` only methods that docs/race.json has no verdict of are screened, beside LoRA (twice) and full, without
+finals. Each race is written as FOLDER/NAME/race.json and race.png. An interrupted race goes on where it was. With
+``--publish`` nothing is run: the races in FOLDER become docs/race.json, docs/our-race.md and pictures.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ import numpy as np
 import torch
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
+DOCS = Path(__file__).parents[1] / "docs"
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "down_proj", "up_proj")
 SPECIALS = ("<unk>", "<s>", "</s>")
 # plans whose defaults are for runs of thousands of steps: what counts steps, in tenths of a run
 SHORT = {"adalora": ("steps", 10), "delta_lora": ("start", 1), "reflora": ("warmup", 1), "reflora_s": ("warmup", 1)}
 SHORT |= dict.fromkeys(("cola_chain", "periodic_lora", "relora"), ("every", 3))
-SHORT |= dict.fromkeys(("xgblora", "apollo_mini"), ("every", 1))
+SHORT |= dict.fromkeys(("xgblora", "apollo_mini", "loro"), ("every", 1))
 NARROW = dict.fromkeys(("apollo", "fira", "flora_opt", "galore"), ("every", 1))  # of rank 128, in a model of width 64
 
 
@@ -131,7 +133,13 @@ def texts(folder: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def main(folder: Path, steps: tuple[int, int], finalists: int) -> None:
+def raced() -> set[str]:
+    """The methods that the manual has a verdict of, by its first screen."""
+    rows = json.loads((DOCS / "race.json").read_text())["rows"]
+    return {row["method"].split("(")[0] for row in rows if row["verdict"]}
+
+
+def main(folder: Path, steps: tuple[int, int], finalists: int, later: bool) -> None:
     """Screen, then finals; each race is written when it is done."""
     from rankwise.hf.run import Run
     from rankwise.methods import catalogue
@@ -174,7 +182,11 @@ def main(folder: Path, steps: tuple[int, int], finalists: int) -> None:
     tenth = steps[0] // 10
     said = {name: f"({key}={count * tenth})" for name, (key, count) in SHORT.items()}
     said |= {name: f"({key}={count * tenth}, rank=16)" for name, (key, count) in NARROW.items()}
-    methods = [name + said.get(name, "") for name in catalogue() if name != REFERENCE]
+    known = {REFERENCE, *(raced() if later else ())}
+    methods = [name + said.get(name, "") for name in catalogue() if name not in known]
+    if later:
+        run("later", str(small), "shakespeare", methods, 2, steps[0], 4.0)
+        return
     screened = run("screen", str(small), "shakespeare", methods, 2, steps[0], 4.0)
     best = [row.method for row in screened.rows if row.method in methods and row.verdict][:finalists]
     say(f"finals: {', '.join(best)}, {REFERENCE}, {AGAIN}, full")
@@ -182,8 +194,8 @@ def main(folder: Path, steps: tuple[int, int], finalists: int) -> None:
         run(domain, "embedded", domain, best, 3, steps[1], 1.0, base_text=files[domain]["own"])
 
 
-TITLES = {"screen": "Screen", "shakespeare": "Finals on Shakespeare", "german": "Finals on German"}
-DOCS = Path(__file__).parents[1] / "docs"
+FINALS = {"shakespeare": "Finals on Shakespeare", "german": "Finals on German"}
+TITLES = {"screen": "Screen", "later": "Screen of what came later", **FINALS}
 LINE = "| {method} | {lr:.2g}{edge} | {parameters:,} | {loss:.4f} | {share} | {word} |"
 COLUMNS = "| method | rate | parameters | loss | better by | verdict |\n|---|--:|--:|--:|---|---|\n"
 
@@ -211,9 +223,8 @@ def publish(folder: Path) -> None:
         pages.append(f"## {title}\n\n{facts}\n\n{COLUMNS}" + "\n".join(lines) + f"\n\n{picture}\n")
     head = (DOCS / "our-race.md").read_text().split("## ")[0]
     (DOCS / "our-race.md").write_text(head + "\n".join(pages))
-    (DOCS / "race.json").write_text(
-        json.dumps(kept["screen"] | {"finals": {k: v for k, v in kept.items() if k != "screen"}}, indent=1) + "\n"
-    )
+    told = {"finals": {name: kept.pop(name) for name in FINALS if name in kept}, **kept}
+    (DOCS / "race.json").write_text(json.dumps(told.pop("screen") | told, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -224,9 +235,10 @@ if __name__ == "__main__":
     )
     parser.add_argument("--finalists", type=int, default=6)
     parser.add_argument("--publish", action="store_true", help="write the manual's page from the races in FOLDER")
+    parser.add_argument("--later", action="store_true", help="screen what the manual has no verdict of")
     options = parser.parse_args()
     if options.publish:
         publish(options.folder)
         sys.exit()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    main(options.folder, tuple(options.steps), options.finalists)
+    main(options.folder, tuple(options.steps), options.finalists, options.later)
