@@ -1,5 +1,9 @@
-"""Memory of a training step: bytes saved for backward, and the peak of live bytes."""
+"""Memory of a training step: bytes saved for backward, and the peak of live bytes.
 
+``python -m benchmarks.memory lora lora_fa vera`` prints what methods of the catalogue save.
+"""
+
+import argparse
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
+import rankwise as rw
 from benchmarks import models
 from benchmarks.models import Case
 from benchmarks.step_time import build
@@ -118,3 +123,23 @@ def cells(quick: bool, device: str) -> list[tuple[Case, tuple[str, ...]]]:
 def run(quick: bool, device: str) -> list[dict[str, Any]]:
     """All cells."""
     return [memory_cell(case, methods) for case, methods in cells(quick, device)]
+
+
+def main() -> None:
+    """Print the bytes that methods save on the Llama of width 256."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("methods", nargs="+")
+    names = parser.parse_args().methods
+    for dtype in ("float32", "bfloat16"):
+        case = Case(256, dtype)
+        base, given, found = models.llama(case), models.batch(case), {}
+        for name in names:
+            model = models.twin(base)
+            rw.attach(model, rw.recipe(name, rank=case.rank))
+            found[name] = saved(model, given)["saved"]
+            share = found[name] / found[names[0]]
+            print(f"{dtype:9} {name:12} {found[name] / 2**20:6.1f} MiB  {share:.2f} of {names[0]}")
+
+
+if __name__ == "__main__":
+    main()

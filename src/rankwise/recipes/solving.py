@@ -368,7 +368,8 @@ def als(rank: int = 16, alpha: float | None = None, damping: float = 1e-6, every
 def lora_fa(rank: int = 16, alpha: float | None = None, damping: float = 1e-6, **axes: Any) -> Recipe:
     """LoRA-FA: ``W + s B A``, A frozen at random; B by AdamW on ``g_b (a a^T + d I)^-1 / s^2``.
 
-    Parameters per layer: r out. Law: B's step is the full gradient's projection on A's rows.
+    Parameters per layer: r out. Law: B's step is the full gradient's projection on A's rows. Linear layers do not keep
+    their input for backward.
 
     Args:
         rank: r.
@@ -380,8 +381,7 @@ def lora_fa(rank: int = 16, alpha: float | None = None, damping: float = 1e-6, *
         The recipe.
 
     References:
-        Zhang et al. 2023, arXiv 2308.03303. Deviation: the projected gradient is PEFT's, with a
-        damping; the layer's input is kept for backward all the same, so activations take what LoRA's take.
+        Zhang et al. 2023, arXiv 2308.03303. Deviation: the projected gradient is PEFT's, with a damping.
     """
     structure, solver = LoRAFA(rank, rank if alpha is None else alpha), solvers.ScaledAdamW(damping)
     return point(axes, "lora_fa", 5e-3, structure, "Zhang et al. 2023, arXiv 2308.03303", solver=solver)

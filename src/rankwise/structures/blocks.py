@@ -69,9 +69,9 @@ class BoRA(Blocked):
     """``W + s [B_i diag(e_ij) A_j]``, rank k r (block diversity; Li et al. 2025, arXiv 2508.06953).
 
     Attributes:
-        rank: r of each block.
-        alpha: numerator of the scale; None for a scale of 1.
-        scale_rule: "alpha/r" or "alpha/sqrt(r)".
+        rank: r, shared by the blocks of a row and those of a column.
+        alpha: as in MELoRA.
+        scale_rule: as in MELoRA.
         blocks: k; divides both sides of the layer.
     """
 
