@@ -1,9 +1,9 @@
 """Pre-training on real text: ``python -m benchmarks.pretraining FOLDER``; every run is kept in FOLDER/ledger.jsonl.
 
 Three sizes of Llama from random weights on Shakespeare, seven methods, two seeds: held-out loss against the bytes that
-a method keeps through training, and its seconds. Each method's rate is first chosen among four at the first size
-(seed 0), for all sizes. Interrupted, it goes on where it was. The table is written as FOLDER/pretraining.json and
-FOLDER/table.md.
+a method keeps through training, and its seconds. At each size each method's rate is chosen among four (seed 0), or
+further out where the best is an end of them. Interrupted, it goes on where it was. The table is written as
+FOLDER/pretraining.json and FOLDER/table.md.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from rankwise.hf.finetune import Prepared
 from rankwise.hf.method import recipe_of
 from rankwise.hf.pretrain import SIZES, fresh, settled
 from rankwise.hf.run import Run
-from rankwise.select import Ledger
+from rankwise.select import Entry, Ledger
 
 TEXT = Path(__file__).parents[2] / "shared" / "data" / "text_tinyshakespeare" / "input.txt"
 METHODS = ("full", "galore", "apollo", "relora", "sltrain", "loro", "cola_act")
 PLANNED = {"galore", "apollo", "relora", "loro"}  # do something every so often: here three times in a run
 FACTORS = (0.5, 1.0, 2.0, 4.0)  # of a method's rate, to choose from
+FURTHER = 2  # beyond an end
 STEPS = {"0.3M": 150, "1M": 130, "3M": 100}
 LEARNT, HELD_OUT = 400_000, 24_000  # characters
 
@@ -86,12 +87,22 @@ def main(folder: Path, sizes: list[str], seeds: int, most: int | None, methods: 
         lr = recipe_of(one).lr if isinstance(one.lr, str) else one.lr
         return replace(one, lr=factor * lr)
 
+    def tuned(size: str, method: str) -> float:
+        tried: dict[float, Entry] = {}
+        wanted = list(FACTORS)
+        while wanted:
+            tried |= {f: ledger.done(run(size, method, 0, f), MEASURES) for f in wanted}
+            best = min(tried, key=lambda f: tried[f].loss)
+            beyond = {min(tried): best / 2, max(tried): best * 2}
+            wanted = [beyond[best]] if best in beyond and len(tried) < len(FACTORS) + FURTHER else []
+        told = (f"{e.lr:.3g} ({e.loss:.3f})" for _, e in sorted(tried.items()))
+        print(f"{size} {method}: rate {tried[best].lr:.3g} of", *told, flush=True)
+        return best
+
     rows = []
     for method in methods:
-        tried = {f: ledger.done(run(sizes[0], method, 0, f), MEASURES) for f in FACTORS}
-        best = min(tried, key=lambda f: tried[f].loss)
-        print(f"{method}: rate {tried[best].lr:.3g} of", *(f"{e.lr:.3g} ({e.loss:.3f})" for e in tried.values()))
         for size in sizes:
+            best = tuned(size, method)
             for seed in range(seeds):
                 entry = ledger.done(run(size, method, seed, best), MEASURES)
                 held = (folder / f"base-{size}-{seed}" / "model.safetensors").stat().st_size
