@@ -183,6 +183,7 @@ def main(folder: Path, steps: tuple[int, int], finalists: int, later: bool) -> N
     said = {name: f"({key}={count * tenth})" for name, (key, count) in SHORT.items()}
     said |= {name: f"({key}={count * tenth}, rank=16)" for name, (key, count) in NARROW.items()}
     said["vblora"] = "(length=4)"  # divides the widths, 64 and 172
+    said["nola"] = "(bases=64)"  # of its 1,024 a step draws all anew, in two seconds here
     known = {REFERENCE, *(raced() if later else ())}
     methods = [name + said.get(name, "") for name in catalogue() if name not in known]
     if later:
