@@ -110,12 +110,19 @@ class Ledger:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._before: dict[str, dict[str, Any]] = {}  # the base's scores, by what decides them
+        self._read: tuple[Any, dict[str, Entry]] = None, {}  # the file's size and time, and what it held then
 
     def entries(self) -> dict[str, Entry]:
         """The runs by key. A line that was torn by a crash is passed over with a warning."""
+        facts = self.path.stat() if self.path.exists() else None
+        now = facts and (facts.st_size, facts.st_mtime_ns)
+        if now is None or self._read[0] != now:
+            self._read = now, self._parsed(self.path.read_bytes() if now else b"")
+        return dict(self._read[1])
+
+    def _parsed(self, text: bytes) -> dict[str, Entry]:
         found: dict[str, Entry] = {}
-        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(text.splitlines(), 1):
             try:
                 entry = Entry(**json.loads(line))
             except (ValueError, TypeError):
