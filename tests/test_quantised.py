@@ -15,7 +15,10 @@ import transformers
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.errors import WeightFormatError
+from rankwise.errors import TargetError, WeightFormatError
+from rankwise.host import LAYER, host_of
+from rankwise.host.norms import norm_of_rows
+from rankwise.ops import Dense, Product
 from tiny_models import METHODS, llama, shake, tokens
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -258,6 +261,27 @@ def test_an_unquantised_4_bit_layer_is_refused() -> None:
     assert type(model[0]) is bnb.nn.Linear4bit
 
 
+@pytest.mark.parametrize("format_", FORMATS)
+def test_new_bits_where_the_old_ones_lay_have_new_norms(format_: str) -> None:
+    layer, other = quantised(format_)[0], quantised(format_)[0]
+    one, two = host_of(layer, LAYER), host_of(other, LAYER)
+    two.write(2 * two.weight())
+    op = Product(Dense(torch.zeros(96, 2)), Dense(torch.zeros(2, 64)))
+    before = one.row_norm(op)
+    code, scale = two.storage.snapshot()
+    one.storage.put((one.storage.bits[0].copy_(code), scale))
+    torch.testing.assert_close(one.row_norm(op), norm_of_rows(dense_view(layer)))
+    assert not torch.allclose(one.row_norm(op), before, rtol=0.1)
+
+
+def test_a_packed_weight_that_says_it_is_float_is_not_trained_whole() -> None:
+    layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32, quant_storage=torch.bfloat16)
+    model = nn.Sequential(layer).to("cpu")
+    with pytest.raises(TargetError, match="0.weight is stored as torch.bfloat16. Leave the module unquantised"):
+        rw.attach(model, rw.recipe("lora", rank=2, sites=rw.Sites(targets=(), train="0")))
+    assert rw.attach(model, rw.recipe("lora", rank=2, sites=rw.Sites("0", train="0.bias")))["0.bias"]
+
+
 class Foreign(Tensor):
     """A quantised format as others write it: a tensor subclass that says it is float."""
 
@@ -265,7 +289,7 @@ class Foreign(Tensor):
 def test_a_weight_format_that_gives_no_gradient_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = nn.Parameter(model[1].weight.data.as_subclass(Foreign), requires_grad=False)
-    with pytest.raises(WeightFormatError, match="floating point, bitsandbytes"):
+    with pytest.raises(WeightFormatError, match="floating point of 16 bits or more"):
         rw.attach(model, rw.recipe("lora", rank=2))
     assert all(type(m) is nn.Linear for m in model)
     integer = nn.Linear(8, 8)

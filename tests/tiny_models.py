@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 import rankwise as rw
+from rankwise.methods import catalogue
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4},
@@ -20,6 +21,24 @@ METHODS: dict[str, dict[str, Any]] = {
     "oft": {"block": 8},
     "dora_svd": {"rank": 4},
 }
+
+CATALOGUE = catalogue()
+# what layers of width 32 ask for beside a rank of 4
+SMALL: dict[str, dict[str, Any]] = {
+    "adalora": {"budget": 4.0},
+    "fourierft": {"count": 50},
+    "gralora": {"blocks": 2},
+    "mora": {"rank": 2},
+    "prolora": {"unshared": 1},
+    "vblora": {"length": 8, "vectors": 16},
+    "waveft": {"count": 50},
+}
+
+
+def small(name: str) -> rw.Recipe:
+    """The method at rank 4 where it has one."""
+    rank = {"rank": 4} if isinstance(CATALOGUE[name].options.get("rank"), int) else {}
+    return rw.recipe(name, **{**rank, **SMALL.get(name, {})})
 
 
 def llama(**changes: Any) -> transformers.LlamaForCausalLM:

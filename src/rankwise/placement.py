@@ -15,6 +15,7 @@ from rankwise.errors import IncompatibleAxes, TargetError, TiedWeights
 from rankwise.host import LAYER, ParameterHost, Site
 from rankwise.sites import Sites, Target
 from rankwise.structures import Replace, Rows, Stack, Structure, TokenRows
+from rankwise.weights import DenseWeight, format_of
 
 # -- matching ---------------------------------------------------------------------------------
 
@@ -163,9 +164,9 @@ def _whole(model: nn.Module, sites: Sites) -> Iterator[tuple[Target, Placement]]
         _must_match(target, hits, "train", {path: kinds[0] for path, kinds in classes.items()})
         for path, name, tensor in hits:
             full = f"{path}.{name}" if path else name
-            if tensor is not None and not tensor.is_floating_point():
+            if tensor is not None and format_of(modules[path], name) is not DenseWeight:
                 raise TargetError(
-                    f"Only floating-point tensors can be trained whole; {full} is stored as {tensor.dtype}. "
+                    f"Only plain floating-point tensors can be trained whole; {full} is stored as {tensor.dtype}. "
                     f"Leave the module unquantised, or adapt it instead."
                 )
             holders = [(p, n, False) for p, n, t in hits if (p, n) == (path, name) or (t is tensor and t is not None)]

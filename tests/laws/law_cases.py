@@ -119,7 +119,6 @@ LEAVES: tuple[Structure, ...] = (
     PRoLoRA(4),
     LowRankWeight(3),
     SparseLowRank(3, 6.0, 0.2),
-    *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3)),
     *(ShareLoRA(3), ShareLoRA(3, share="both"), TiedLoRA(3), VeRA(3), VeRA(20), VeRA(3, widths=(40, 40))),
     *(RaSA(3), BSLoRA(1, 2, 1), BSLoRA(0, 1, 2, widths=(40, 40)), VBLoRA(2, 5, 4), RandLoRA(3), UniLoRA(2, 7)),
     NOLA(2, bases=3),

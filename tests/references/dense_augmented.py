@@ -114,7 +114,7 @@ def of_prolora(m, n, o):
 
 REFERENCES = {
     "abba": Reference(
-        abba, lambda m, n, o: 2 * pair(m, n, o), "Singhal et al. 2025, arXiv 2505.14238, as its code has it",
+        abba, lambda m, n, o: 2 * pair(m, n, o), "Singhal et al. 2025, arXiv 2505.14238, theorem 1, as its code has it",
         {"rank": 3}, ({"rank": 2, "alpha": 5.0},),
     ),
     "mora": Reference(
@@ -122,26 +122,29 @@ REFERENCES = {
         {"rank": 3}, ({"rank": 3, "kind": "sharing"}, {"rank": 1, "kind": "sharing"}, {"rank": 1}),
     ),
     "sinelora": Reference(
-        sine, pair, "Ji et al. 2024, arXiv 2403.19243, as its code has it", {"rank": 3},
+        sine, pair, "Ji et al. 2024, arXiv 2403.19243, eq. 3, as its code has it", {"rank": 3},
         ({"rank": 2, "alpha": 3.0, "frequency": 7.0},),
     ),
     "melora": Reference(
         melora, pair, "Ren et al. 2024, arXiv 2402.17263", {"rank": 2}, ({"rank": 1, "blocks": 8, "alpha": 3.0},)
     ),
     "bora": Reference(
-        bora, lambda m, n, o: pair(m, n, o) + o["blocks"] ** 2 * o["rank"], "Li et al. 2025, 2508.06953, abstract",
-        {"rank": 3}, ({"rank": 2, "blocks": 2, "alpha": 3.0},),
+        bora, lambda m, n, o: pair(m, n, o) + o["blocks"] ** 2 * o["rank"],
+        "Li et al. 2025, arXiv 2508.06953, section 3.2, the diagonals themselves trained", {"rank": 3},
+        ({"rank": 2, "blocks": 2, "alpha": 3.0},),
     ),
     "gralora": Reference(
-        gralora, lambda m, n, o: (o["rank"] + o["hybrid"]) * (m + n), "Jung et al. 2025, arXiv 2505.20355 (and PEFT)",
-        {"rank": 4}, ({"rank": 8, "blocks": 4, "alpha": 3.0}, {"rank": 4, "hybrid": 2}),
+        gralora, lambda m, n, o: (o["rank"] + o["hybrid"]) * (m + n),
+        "Jung et al. 2025, arXiv 2505.20355, eq. 5 (and PEFT)", {"rank": 4},
+        ({"rank": 8, "blocks": 4, "alpha": 3.0}, {"rank": 4, "hybrid": 2}),
     ),
     "localized": Reference(
         lambda w, f, o: grid(w, f, scale(o), o["blocks"]), lambda m, n, o: o["blocks"] * pair(m, n, o),
         "Barazandeh et al. 2025, arXiv 2506.00236", {"rank": 1}, ({"rank": 2, "blocks": 2, "alpha": 3.0},),
     ),
     "glora": Reference(
-        glora, of_glora, "Chavan et al. 2023, arXiv 2306.07967, as its code has it, without the bias", {"rank": 3},
+        glora, of_glora, "Chavan et al. 2023, arXiv 2306.07967, eq. 10, as its code has it, without the bias",
+        {"rank": 3},
         ({"gate": "vector", "update": "constant"}, {"gate": "constant", "update": "vector"},
          {"gate": "none", "rank": 2}, {"update": "none"}),
     ),

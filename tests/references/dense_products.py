@@ -88,15 +88,16 @@ REFERENCES = {
     ),
     "krona": Reference(kronecker, kronecker_count, "Edalati et al. 2022, arXiv 2212.10650"),
     "lokr": Reference(
-        kronecker, kronecker_count, "Yeh et al. 2023, arXiv 2309.14859", {"rank": 2}, ({"rank": 1, "alpha": 3.0},)
+        kronecker, kronecker_count, "Yeh et al. 2023, arXiv 2309.14859, eq. 4 and 5", {"rank": 2},
+        ({"rank": 1, "alpha": 3.0},),
     ),
     "oft": Reference(
         rotation, lambda m, n, o: n // o["block"] * o["block"] * (o["block"] - 1) // 2,
-        "Qiu et al. 2023, arXiv 2306.07280", {"block": 4},
+        "Qiu et al. 2023, arXiv 2306.07280, eq. 2 and 3", {"block": 4},
     ),
     "dora_lokr": Reference(
         magnitude(kronecker), lambda m, n, o: kronecker_count(m, n, o) + m,
-        "Liu et al. 2024, arXiv 2402.09353, eq. 5, around Yeh et al. 2023, arXiv 2309.14859", {"rank": 2},
+        "Liu et al. 2024, arXiv 2402.09353, eq. 5, around Yeh et al. 2023, arXiv 2309.14859, eq. 4", {"rank": 2},
     ),
     "dora_svd": Reference(
         magnitude(three), lambda m, n, o: o["rank"] * (m + n + 1) + m,
@@ -110,10 +111,10 @@ REFERENCES = {
         {"rank": 3, "alpha": 6.0},
     ),
     "relora": Reference(
-        chain, pair, "Lialin et al. 2023, arXiv 2307.05695", {"rank": 3, "alpha": 6.0},
+        chain, pair, "Lialin et al. 2023, arXiv 2307.05695, eq. 3", {"rank": 3, "alpha": 6.0},
         ({"rank": 3, "alpha": 3.0, "links": 2},),
     ),
-    "delta_lora": Reference(delta, pair, "Zi et al. 2023, arXiv 2309.02411, summed over steps", {"rank": 3}),
+    "delta_lora": Reference(delta, pair, "Zi et al. 2023, arXiv 2309.02411, eq. 6, summed over steps", {"rank": 3}),
     "galore": Reference(lambda w, f, o: f["value"], lambda m, n, o: m * n, "Zhao et al. 2024, arXiv 2403.03507, eq. 1"),
 }  # fmt: skip
 

@@ -113,16 +113,16 @@ REFERENCES = {
     ),
     "vblora": Reference(
         bank, lambda m, n, o: o["vectors"] * (o["length"] + o["rank"] * (m + n) // o["length"]),
-        "Li et al. 2024, arXiv 2405.15179, by PEFT 0.21.2", {"rank": 3, "vectors": 6, "length": 8},
+        "Li et al. 2024, arXiv 2405.15179, eq. 3.1 to 3.3, by PEFT 0.21.2", {"rank": 3, "vectors": 6, "length": 8},
         ({"rank": 2, "vectors": 5, "length": 4, "topk": 3},),
     ),
     "randlora": Reference(
         bases, lambda m, n, o: -(-min(m, n) // o["rank"]) * (o["rank"] + min(m, n)),
-        "Albert et al. 2025, arXiv 2502.00987", {"rank": 5}, ({"rank": 16, "alpha": 8.0},),
+        "Albert et al. 2025, arXiv 2502.00987, eq. 4", {"rank": 5}, ({"rank": 16, "alpha": 8.0},),
     ),
     "unilora": Reference(
-        projected, lambda m, n, o: o["size"], "Li et al. 2025, arXiv 2506.00799", {"rank": 3, "size": 11},
-        ({"rank": 1, "size": 100},),
+        projected, lambda m, n, o: o["size"], "Li et al. 2025, arXiv 2506.00799, P of theorem 1",
+        {"rank": 3, "size": 11}, ({"rank": 1, "size": 100},),
     ),
     "nola": Reference(
         mixtures, lambda m, n, o: 2 * o["bases"], "Koohpayegani et al. 2023, arXiv 2310.02556, its LLaMA code",

@@ -192,7 +192,7 @@ REFERENCES = {
         {"rank": 3}, ({"rank": 2, "alpha": 4.0, "out_modes": 1},),
     ),
     "loretta": Reference(
-        loretta, loretta_count, "Yang et al. 2024, arXiv 2402.11417: loretta_rep.py of its code",
+        loretta, loretta_count, "Yang et al. 2024, arXiv 2402.11417, eq. 2 and 4: loretta_rep.py of its code",
         {"rank": 4, "bond": 3}, ({"rank": 2, "bond": 3, "alpha": 5.0, "in_modes": 1},),
     ),
     "quanta": Reference(

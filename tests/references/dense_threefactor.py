@@ -73,7 +73,7 @@ REFERENCES = {
         ({"alpha": 5.0, "rank": 2},),
     ),
     "stella": Reference(
-        polar, square, "Li et al. 2025, arXiv 2510.01938, W + s U S V^T; code read", {"rank": 3},
+        polar, square, "Li et al. 2025, arXiv 2510.01938, algorithm 1: W + s U S V^T; code read", {"rank": 3},
         ({"rank": 2, "diagonal": True},),
     ),
     "sorsa": Reference(

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankwise.adapter import Placement
+from rankwise.candidates import base_modules
 from rankwise.errors import FileFormatError, SaveError, StatisticsError
 from rankwise.host import Site
 from rankwise.placement import resolve
@@ -26,6 +27,7 @@ from rankwise.stats.collector import Batches, Collector, Layers, Probe, Seen, St
 from rankwise.stats.collectors import STATISTICS
 from rankwise.stats.watch import Watch
 from rankwise.structures import Replace, Structure, TokenRows
+from rankwise.weights import prepare
 
 
 class Method(Protocol):
@@ -363,6 +365,7 @@ def collect(
     if file is not None and file.exists():
         run.load(file, devices)
     begun, device = run.done, next(iter(devices.values()))
+    prepare(base_modules(model).values())  # before any of it runs in evaluation mode
     with _quiet(model):
         for i, batch in enumerate(progress(batches)):
             if i < begun:

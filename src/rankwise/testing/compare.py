@@ -52,13 +52,14 @@ def worst(many: Iterable[Mapping[str, float]]) -> Figures:
 
 
 @torch.no_grad()
-def randomise(adapter: Adapter, outputs: Callable[[], Tensor], generator_seed: int = 0) -> float:
-    """Draw every factor at random around its start, so far that the outputs move by 1 %; whole numbers stay.
+def randomise(adapter: Adapter, outputs: Callable[[], Tensor], generator_seed: int = 0, least: float = EFFECT) -> float:
+    """Draw every factor at random around its start, so far that the outputs move; whole numbers stay.
 
     Args:
         adapter: the adapter, at its start.
         outputs: runs the adapted model.
         generator_seed: of the draw.
+        least: how far the outputs move at least, as a share of their norm.
 
     Returns:
         The effect, as a share of the outputs' norm.
@@ -71,7 +72,7 @@ def randomise(adapter: Adapter, outputs: Callable[[], Tensor], generator_seed: i
         for (p, start), move in zip(starts, moves, strict=True):
             p.copy_(start + size * move.to(p))
         effect = float((outputs() - before).norm() / before.norm())
-        if effect >= EFFECT:
+        if effect >= least:
             return effect
     raise AssertionError(f"{adapter.recipe.structure!r}: random factors move the outputs by {effect:.2g} only")
 

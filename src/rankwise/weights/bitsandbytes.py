@@ -8,6 +8,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from rankwise.errors import WeightFormatError
 from rankwise.weights.weight import Weight
@@ -19,8 +20,8 @@ def _is_a(module: nn.Module, kind: str) -> bool:
 
 def _unquantised(format_: str) -> WeightFormatError:
     return WeightFormatError(
-        f"{format_} weight is quantised by moving it to a device; this one is not quantised yet. Call "
-        f'model.to("cpu") (or "cuda") after loading, then attach.'
+        f"{format_} weight is quantised by moving it to a device; this one is not quantised. Make an int8 layer with "
+        f'has_fp16_weights=False, call model.to("cpu") (or "cuda") after loading, then attach.'
     )
 
 
@@ -41,7 +42,8 @@ class FourBitWeight(Weight):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.module.compute_dtype or self._state.dtype
+        state = self._state  # asked at attach: what is not quantised is refused there
+        return self.module.compute_dtype or state.dtype
 
     def prepare(self) -> None:
         # bitsandbytes 0.50 repacks the weight in place at the first eval forward on a CPU with AVX512-BF16; from then
@@ -78,6 +80,7 @@ class FourBitWeight(Weight):
     def put(self, bits: Any) -> None:
         self.module.weight.data, state = bits
         self.module.weight.quant_state = self.module.quant_state = state
+        increment_version(self.module.weight)  # new bits may lie where old ones did, and norms of W are remembered
 
     def encode(self, w: Tensor) -> tuple[Tensor, Any]:
         from bitsandbytes.functional import quantize_4bit
@@ -103,12 +106,13 @@ class Int8Weight(Weight):
     @property
     def _holder(self) -> Any:
         holder = self.module.state if self.module.state.CB is not None else self.module.weight
-        if holder.CB is None:
+        if holder.CB is None or self.module.state.has_fp16_weights:
             raise _unquantised("An int8")
         return holder
 
     @property
     def dtype(self) -> torch.dtype:
+        _ = self._holder  # asked at attach: what is not quantised is refused there
         return torch.float32 if self.module.bias is None else self.module.bias.dtype
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -129,6 +133,7 @@ class Int8Weight(Weight):
     def put(self, bits: Any) -> None:
         holder = self._holder
         self.module.weight.data, _ = holder.CB, holder.SCB = bits
+        increment_version(self.module.weight)
 
     def encode(self, w: Tensor) -> tuple[Tensor, Tensor]:
         from bitsandbytes.functional import int8_vectorwise_quant

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from rankwise.weights.weight import Weight
 
 
+def computes(weight: Tensor) -> bool:
+    """Whether torch multiplies by the weight as it is: floating point, and no float8 that needs scales of its own."""
+    return weight.is_floating_point() and weight.element_size() > 1
+
+
 @final
 class DenseWeight(Weight):
     """An ordinary parameter."""
@@ -21,7 +26,7 @@ class DenseWeight(Weight):
         weight = module._parameters.get(name)
         if weight is None and isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
             return name == "bias" and name in module._parameters
-        if weight is None or not weight.is_floating_point():
+        if weight is None or not computes(weight):
             return False
         kind = type(weight.data)  # not isinstance: quantised formats are tensor subclasses that say float
         return kind in (nn.Parameter, Tensor) or kind.__name__ in ("DTensor", "FakeTensor")  # fake: of a plan
