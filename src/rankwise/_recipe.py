@@ -28,6 +28,8 @@ _REMEDY = {
     "open_chain": "the base may not be written, so changes are put aside: wrap the structure, Chain(LoRA(...), None)",
     "delta": "the base may not be written, so its change is kept apart: wrap the structure, Delta(LoRA(...))",
     "gated": "take one whose rank components have trained gates: SVDForm or Gated(...)",
+    "hard_concrete": "take the structure whose gates are drawn: HardConcrete(...)",
+    "selection": "take the structure whose gates are a softmax: Selection(...)",
     "switched": "take one whose rank components have switches: Switched(...)",
     "two_sided": "take a structure with an out-side and an in-side factor: LoRA, SVDForm, LoHa",
     "whole": "take Replace(): the solver compresses the gradient of a weight that is trained whole",

@@ -126,7 +126,7 @@ class SiteFactors(nn.Module):
         if masked and isinstance(self.dropout, Dropout):
             f = self.dropout(f, self.described)
         if "samples" in structure.traits:
-            return {**f, SAMPLED: torch.ones(())}
+            return {**f, SAMPLED: torch.ones(self.site.stack or ())}  # experts take a slice each
         return structure.joined(f, self.site) if isinstance(structure, Adversary) else f
 
     @property

@@ -1,12 +1,18 @@
 """Structures whose update is exactly low rank. b (out, rank), a (rank, in), e (rank,)."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import log
+from operator import itemgetter
 from typing import ClassVar, final
+
+import torch
+from torch import Tensor
 
 from rankwise.errors import IncompatibleAxes
 from rankwise.host import Site
 from rankwise.ops import Dense, Diagonal, LinearOperator, Product
-from rankwise.structures.structure import Additive, Factor, Factors, Leaf, Start, check_rank
+from rankwise.structures.structure import SAMPLED, Additive, Begun, Factor, Factors, Leaf, Start, check_rank
 
 
 def scale_of(rank: int, alpha: float | None, rule: str) -> float:
@@ -106,10 +112,12 @@ class InputSide(Pair):
 
 @dataclass(frozen=True)
 class Weighed(Ranked, Additive):
-    """``W + s B diag(e) A``: e (rank,) weighs the rank components."""
+    """``W + s B diag(w(e)) A``: e (rank,) weighs the rank components."""
 
     outer = Start.ZEROS  # of b
-    gate = Factor({}, Start.ONES)  # how e starts, and whether it is trained
+    gate = Factor({"rank": 0}, Start.ONES)  # what e is, how it starts, and whether it is trained
+    weights: ClassVar[Callable[[Factors], Tensor]] = itemgetter("e")  # w
+    beside: ClassVar[Mapping[str, Factor]] = {}  # other factors
 
     @final
     def factors(self, site: Site) -> dict[str, Factor]:
@@ -117,12 +125,13 @@ class Weighed(Ranked, Additive):
         return {
             "a": Factor({"rank": r, "in": site.cols}, Start.RANDOM),
             "b": Factor({"out": site.rows, "rank": r}, self.outer),
-            "e": replace(self.gate, dims={"rank": r}),
+            "e": replace(self.gate, dims=dict.fromkeys(self.gate.dims, r)),
+            **self.beside,
         }
 
     @final
     def operator(self, f: Factors) -> LinearOperator:
-        return Product(Dense(f["b"]), Product(Diagonal(f["e"]), Dense(f["a"])))
+        return Product(Dense(f["b"]), Product(Diagonal(type(self).weights(f)), Dense(f["a"])))
 
 
 @final
@@ -138,7 +147,7 @@ class SVDForm(Weighed):
 
     traits = Ranked.traits | {"gated"}
     outer = Start.RANDOM
-    gate = Factor({})
+    gate = Factor({"rank": 0})
 
 
 @final
@@ -153,13 +162,58 @@ class Gated(Weighed):
     """
 
     traits = Ranked.traits | {"gated"}
-    gate = Factor({}, Start.NORMAL)
+    gate = Factor({"rank": 0}, Start.NORMAL)
 
 
 @final
 @dataclass(frozen=True)
-class Switched(Weighed):
+class Switched(Weighed, Begun):
     """``W + s B diag(e) A``, B at zero and e not trained but set by a rank plan (DyLoRA), at one to begin with.
+
+    Attributes:
+        rank: r.
+        alpha: numerator of the scale; None for a scale of 1.
+        scale_rule: "alpha/r" or "alpha/sqrt(r)".
+        open: how many of the r begin at one, the others at zero, as room to grow (ALoRA); None for all.
+    """
+
+    open: int | None = None
+
+    traits = Ranked.traits | {"switched"}
+    gate = Factor({"rank": 0}, Start.ONES, trainable=False)
+
+    def begin(self, site: Site, weight: Callable[[], Tensor], drawn: Factors) -> Factors:
+        e = drawn["e"]
+        most = check_rank(self.rank if self.open is None else self.open, site, self.rank)
+        return {"e": (torch.arange(self.rank, device=e.device) < most).to(e).expand_as(e)}
+
+
+# -- gates that are functions of what is trained ------------------------------------------------
+
+_LOW, _HIGH, _TEMPERATURE = -0.1, 1.1, 2 / 3  # as Louizos et al. 2017 (arXiv 1712.01312) advise
+
+
+def chance_of_open(e: Tensor) -> Tensor:
+    """How likely each gate of :class:`HardConcrete` is above zero; the sum is the expected rank."""
+    return torch.sigmoid(e - _TEMPERATURE * log(-_LOW / _HIGH))
+
+
+def _hard_concrete(f: Factors) -> Tensor:
+    e = f["e"]
+    if SAMPLED in f:
+        e = (e + torch.rand_like(e).clamp(1e-6, 1 - 1e-6).logit()) / _TEMPERATURE
+    return (torch.sigmoid(e) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+
+
+@final
+@dataclass(frozen=True)
+class HardConcrete(Weighed):
+    """``W + s B diag(z) A``, z in [0, 1] drawn from a hard concrete distribution of log-odds e (SaLoRA).
+
+    ``z = min(1, max(0, 1.2 sigmoid((e + log u - log(1 - u)) / (2/3)) - 0.1))``, u uniform, while training, for each
+    forward of a layer; afterwards, and in what is merged, ``min(1, max(0, 1.2 sigmoid(e) - 0.1))``. Hu et al. 2023,
+    Mathematics 11(20), 4317; Louizos et al. 2017, arXiv 1712.01312, eq. 10 to 13. The multiplier is that of
+    :class:`rankwise.penalties.ExpectedRank`.
 
     Attributes:
         rank: r.
@@ -167,8 +221,26 @@ class Switched(Weighed):
         scale_rule: "alpha/r" or "alpha/sqrt(r)".
     """
 
-    traits = Ranked.traits | {"switched"}
-    gate = Factor({}, Start.ONES, trainable=False)
+    traits = Ranked.traits | {"samples", "hard_concrete"}
+    gate = Factor({"odds": 0}, Start.ONES)
+    weights = staticmethod(_hard_concrete)
+    beside: ClassVar[Mapping[str, Factor]] = {"multiplier": Factor({"one": 1}, trainable=False, shared="all sites")}
+
+
+@final
+@dataclass(frozen=True)
+class Selection(Weighed):
+    """``W + s B diag(softmax(e)) A``: the rank components of a layer compete (AutoLoRA; Zhang et al. 2024, 2403.09113).
+
+    Attributes:
+        rank: r.
+        alpha: numerator of the scale; None for a scale of 1.
+        scale_rule: "alpha/r" or "alpha/sqrt(r)".
+    """
+
+    traits = Ranked.traits - {"lowrank"} | {"selection"}
+    gate = Factor({"odds": 0})
+    weights = staticmethod(lambda f: f["e"].softmax(-1))
 
 
 @final
