@@ -15,6 +15,7 @@ from rankwise.methods import catalogue
 # what a model of width 32 asks for beside a rank of 4
 SMALL: dict[str, dict[str, Any]] = {
     "adalora": {"budget": 4.0},
+    "alora_alloc": {"most": 6},
     "fourierft": {"count": 50},
     "gralora": {"blocks": 2},
     "mora": {"rank": 2},

@@ -35,8 +35,8 @@ def salora_struct(
 
     References:
         Hu et al. 2023, Mathematics 11(20), 4317; gates of Louizos et al. 2017, arXiv 1712.01312. Deviation: the text of
-        its method was not at hand, so the start of the gates (log-odds 1), gamma, the multiplier's rate and its form (an
-        ascent on the share of ranks above the budget that starts anew where it is met) are ours. Not the SaLoRA of safety.
+        its method was not at hand, so that the start of the gates (log-odds 1), gamma, the multiplier's rate and its
+        form (an ascent that starts anew wherever the budget is met) are ours. Not the SaLoRA of safety.
     """
     return point(
         axes,
