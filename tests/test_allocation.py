@@ -13,8 +13,9 @@ import rankwise as rw
 from rankwise import ranks
 from rankwise.adapter import SiteFactors
 from rankwise.errors import IncompatibleAxes, RankError, StatisticsError
+from rankwise.inits import EVA
 from rankwise.penalties import Alternation, ExpectedRank, backward
-from rankwise.structures import OFT, Anchored, HardConcrete, LoRA, Rows, ShareLoRA, Switched
+from rankwise.structures import OFT, Anchored, HardConcrete, LoRA, Magnitude, Rising, Rows, ShareLoRA, Switched
 from rankwise.structures.lowrank import chance_of_open
 
 SIZES = (12, 16, 12, 8)
@@ -129,6 +130,15 @@ def test_what_is_served_has_no_draw_and_closed_gates_are_cut():
     small = rw.compact(adapter)
     assert small.sites["layers.0"].structure == LoRA(3, None)
     torch.testing.assert_close(small.model(x), y)
+
+
+def test_a_start_from_data_leaves_the_multiplier_at_zero():
+    x = data()[0]
+    recipe = rw.Recipe(HardConcrete(2), init=EVA())
+    model = Net()
+    adapter = rw.attach(model, recipe, stats=rw.collect(model, [x[:10], x[10:]], recipe))
+    assert [float(f["multiplier"]) for f in adapter.values()] == [0.0] * 3
+    assert all(f["e"].eq(1).all() for f in adapter.values())
 
 
 def test_a_checkpointed_layer_draws_the_same_gates_again():
@@ -385,6 +395,10 @@ def test_stopping_and_resuming_is_bit_exact(name):
     resumed(rw.recipe(name, rank=4))
 
 
+def test_pruning_resumes_to_the_bit():
+    resumed(rw.recipe("prilora", rank=4, every=2))
+
+
 def scored(adapter: rw.Adapter, count: int) -> Any:
     scores = {name: torch.where(f["e"] > 0, 1.0, torch.inf) for name, f in adapter.items()}
     return ranks.reallocated(adapter.sites.values(), scores, count, {})
@@ -406,6 +420,10 @@ def sites(structure: Any) -> list[SiteFactors]:
         (lambda: Rows(HardConcrete(2), (("q", 0, 4),)), IncompatibleAxes, "drawn while training"),
         (lambda: switched(5), RankError, "between 1 and .* 4; found rank=5"),
         (lambda: switched(0), RankError, "found rank=0"),
+        (lambda: ranks.Pruning(0), IncompatibleAxes, "every=0"),
+        (lambda: ranks.Pruning(5, 1.0), IncompatibleAxes, "share=1.0"),
+        (lambda: rw.Recipe(LoRA(2), ranks=ranks.Pruning()), IncompatibleAxes, "Rising"),
+        (lambda: rising(spread=1.0), RankError, "found rank=0"),
         (lambda: ranks.ablations(sites(LoRA(2)), lambda: 0.0), IncompatibleAxes, "switched components"),
         (lambda: scored(switched(), 0), IncompatibleAxes, "count=0"),
         (lambda: scored(switched(), 7), IncompatibleAxes, "count=7"),
@@ -435,3 +453,92 @@ def test_a_failing_loss_leaves_the_gates_as_they_were():
     with pytest.raises(RuntimeError, match="no batch"):
         ranks.ablations(adapter.sites.values(), fail)
     assert same(values(adapter), before)
+
+
+# -- PRILoRA ------------------------------------------------------------------------------------
+
+
+def rising(moved: float = 0.3, **options: Any) -> rw.Adapter:
+    return made(rw.recipe("prilora", rank=4, **options), moved)
+
+
+def test_the_rank_rises_with_depth(tmp_path):
+    adapter = rising()
+    assert [f["a"].shape[0] for f in adapter.values()] == [2, 4, 6]
+    assert [f["a"].shape[0] for f in rising(spread=0.25).values()] == [3, 4, 5]
+    adapter.save(tmp_path)
+    again = Net()
+    rw.load(again, tmp_path)
+    assert torch.equal(again.eval()(data()[0]), adapter.model.eval()(data()[0]))
+    alone = rw.attach(nn.Sequential(nn.Linear(12, 12)), rw.recipe("prilora", rank=4))
+    assert alone["0"]["a"].shape[0] == 4
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_inputs_are_remembered_in_training_alone_and_once(checkpointed):
+    adapter = rising(every=100)
+    adapter.model.checkpointed = checkpointed
+    norms = {name: np.zeros(f["norms"].shape) for name, f in adapter.items()}
+    optimizer = adapter.optimizer(1e-2)
+    for step in range(3):
+        h = data(step % 2)[0].numpy()
+        for layer, (name, f) in zip(adapter.model.layers, adapter.items(), strict=True):
+            norms[name] = 0.9 * norms[name] + 0.1 * np.sqrt(np.square(h).sum(0))
+            w = dense(layer.weight.detach(), f, np.ones(len(f["a"])), 1.0)
+            h = np.tanh(h @ w.T + layer.bias.detach().numpy())
+        train(adapter, optimizer, range(step, step + 1))
+        adapter.model.eval()(data(7)[0])
+        adapter.model.train()
+        with rw.disabled(adapter.model):
+            adapter.model(data(7)[0])
+    for name, f in adapter.items():
+        np.testing.assert_allclose(f["norms"].numpy(), norms[name], rtol=1e-6)
+
+
+def test_the_least_half_of_each_row_goes_and_may_come_back():
+    adapter, twin = rising(every=2), rising(every=100)
+    one, two = adapter.optimizer(1e-2), twin.optimizer(1e-2)
+    train(adapter, one, range(2))
+    train(twin, two, range(2))
+    by_size = []
+    for f, g in zip(adapter.values(), twin.values(), strict=True):
+        a, norms = g["a"].detach().numpy(), g["norms"].numpy()
+        want = a.copy()
+        for row in want:
+            row[np.argsort(np.abs(row) * norms)[: len(row) // 2]] = 0
+        assert np.array_equal(f["a"].detach().numpy(), want)
+        assert torch.equal(f["b"], g["b"])
+        kept = [np.abs(row) > np.sort(np.abs(row))[len(row) // 2 - 1] for row in a]
+        by_size.append(np.array_equal(kept, want != 0))
+    assert not all(by_size)  # the inputs count
+    train(adapter, one, range(2, 3))
+    assert all(f["a"].all() for f in adapter.values())
+
+
+def test_siblings_and_wrappers_remember_too():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q_proj(x) + self.k_proj(x) + self.v_proj(x)
+
+    for structure in (Rising(2), Magnitude(Rising(2))):
+        model, x = Attention().train(), torch.randn(2, 5, 6)
+        adapter = rw.attach(model, rw.Recipe(structure, ranks=ranks.Pruning(1)))
+        optimizer = adapter.optimizer()
+        model(x).sum().backward()
+        want = 0.1 * x.flatten(0, 1).norm(dim=0)
+        for f in adapter.values():
+            torch.testing.assert_close(f["norms"].data, want)
+        optimizer.step()
+        assert all((f["a"] == 0).sum() == f["a"].numel() // 2 for f in adapter.values())
+
+
+def test_what_was_never_read_cannot_be_pruned():
+    adapter = rising(every=1)
+    for p in adapter.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(StatisticsError, match="found none that has read"):
+        adapter.optimizer().step()

@@ -30,6 +30,7 @@ _REMEDY = {
     "gated": "take one whose rank components have trained gates: SVDForm or Gated(...)",
     "hard_concrete": "take the structure whose gates are drawn: HardConcrete(...)",
     "selection": "take the structure whose gates are a softmax: Selection(...)",
+    "seen": "take the structure that remembers what its layer reads: Rising(...)",
     "switched": "take one whose rank components have switches: Switched(...)",
     "two_sided": "take a structure with an out-side and an in-side factor: LoRA, SVDForm, LoHa",
     "whole": "take Replace(): the solver compresses the gradient of a weight that is trained whole",

@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "xgblora": {"every": 2, "blocks": 1, "links": 8},
     "delta_lora": {"start": 3},
     "scalora": {"every": 2},
+    "prilora": {"every": 2},
 }
 
 

@@ -63,6 +63,7 @@ from rankwise.structures import (
     RandLoRA,
     RaSA,
     Replace,
+    Rising,
     RoAd,
     Rows,
     Selection,
@@ -160,6 +161,7 @@ LEAVES: tuple[Structure, ...] = (
     FouRA(3),
     Switched(4, open=2),
     Selection(3),
+    Rising(3),
 )
 WRAPPED: tuple[Structure, ...] = (
     Magnitude(LoRA(3)),

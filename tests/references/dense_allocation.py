@@ -23,6 +23,10 @@ def softmax(w, f, o):
     return outer(w, f, [np.exp(x) / np.exp(f["e"]).sum() for x in f["e"]], o["alpha"] / o["rank"])
 
 
+def pair(w, f, o):
+    return w + (1.0 if o["alpha"] is None else o["alpha"] / o["rank"]) * f["b"] @ f["a"]
+
+
 def gated(m, n, o):
     return o["rank"] * (m + n + 1)
 
@@ -36,8 +40,12 @@ REFERENCES = {
         {"rank": 2, "most": 5}, ({"rank": 3, "most": 3, "alpha": 6.0},),
     ),
     "autolora": Reference(softmax, gated, "Zhang et al. 2024, arXiv 2403.09113, as in its code", {"rank": 3}),
+    "prilora": Reference(  # a layer alone has the average rank
+        pair, lambda m, n, o: o["rank"] * (m + n), "Benedek and Wolf 2024, arXiv 2401.11316", {"rank": 3},
+        ({"rank": 4, "alpha": 2.0},),
+    ),
     "lora_drop": Reference(
-        lambda w, f, o: w + (1.0 if o["alpha"] is None else o["alpha"] / o["rank"]) * f["b"] @ f["a"],
+        pair,
         lambda m, n, o: o["rank"] * (m + n), "Zhou et al. 2024, arXiv 2402.07721", {"rank": 3},
         ({"rank": 2, "alpha": 3.0},),
     ),

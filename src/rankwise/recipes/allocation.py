@@ -7,11 +7,12 @@ from typing import Any
 
 from rankwise._recipe import Recipe
 from rankwise.penalties import Alternation, ExpectedRank, Orthogonality
+from rankwise.ranks import Pruning
 from rankwise.recipes.point import low_rank, point
 from rankwise.sites import Override, Sites, Target
-from rankwise.structures import HardConcrete, Selection, ShareLoRA, Switched
+from rankwise.structures import HardConcrete, Rising, Selection, ShareLoRA, Switched
 
-__all__ = ["alora_alloc", "autolora", "lora_drop", "salora_struct"]
+__all__ = ["alora_alloc", "autolora", "lora_drop", "prilora", "salora_struct"]
 
 
 def salora_struct(
@@ -141,4 +142,38 @@ def lora_drop(
         2e-3,
         ShareLoRA(rank, own.alpha, share="both"),
         "Zhou et al. 2024, arXiv 2402.07721",
+    )
+
+
+def prilora(
+    rank: int = 8, alpha: float | None = None, spread: float = 0.5, every: int = 40, share: float = 0.5, **axes: Any
+) -> Recipe:
+    """PRILoRA: ``W + s B A``, r rising linearly with depth, and a half of A's entries set to zero again and again.
+
+    Parameters per layer: r_l (out + in), r_l from (1 - spread) r in the first block to (1 + spread) r in the last one,
+    and the norms of its inputs, which are stored. Law: identity at the start (B = 0).
+
+    Args:
+        rank: r, the average of the ranks.
+        alpha: numerator of the scale; None for r.
+        spread: how far the first and the last rank are from r, as a share of it; the paper goes from 4 to 12.
+        every: optimizer steps between two prunings.
+        share: of the entries of each row of A, those of least ``|A_ij| * norm of input j``.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+
+    References:
+        Benedek and Wolf 2024, arXiv 2401.11316. Deviations: the text of its method was not at hand, so that the decay
+        of the moving average of the norms (0.9 a forward, padding included), the comparison within a row of A, and one
+        scale for all layers are ours. Only what linear layers read is seen: others keep all of A.
+    """
+    return point(
+        axes,
+        "prilora",
+        2e-3,
+        Rising(rank, rank if alpha is None else alpha, spread=spread),
+        "Benedek and Wolf 2024, arXiv 2401.11316",
+        ranks=Pruning(every, share),
     )

@@ -82,6 +82,34 @@ class LoRA(Pair):
 
 @final
 @dataclass(frozen=True)
+class Rising(Ranked, Additive):
+    """``W + s B A`` of a rank that rises linearly with depth (PRILoRA; Benedek and Wolf 2024, arXiv 2401.11316).
+
+    The norms of the inputs that a linear layer reads in training are remembered, for :class:`rankwise.ranks.Pruning`.
+
+    Attributes:
+        rank: r, on average over the blocks of the model; of layers outside of blocks.
+        alpha: numerator of the scale, which is that of r everywhere; None for a scale of 1.
+        scale_rule: as in LoRA.
+        spread: the rank goes from (1 - spread) r in the first block to (1 + spread) r in the last one.
+    """
+
+    spread: float = 0.5
+
+    traits = Ranked.traits | {"product", "pair", "seen"}
+
+    def factors(self, site: Site) -> dict[str, Factor]:
+        depth = 0.5 if site.layer is None or site.layers < 2 else site.layer / (site.layers - 1)
+        pair = LoRA(round(self.rank * (1 + self.spread * (2 * depth - 1)))).factors(site)
+        norms = {"norms": Factor({"seen": site.cols}, trainable=False)} if site.kind == "linear" else {}
+        return {**{name: replace(factor, scale=self.scale) for name, factor in pair.items()}, **norms}
+
+    def operator(self, f: Factors) -> LinearOperator:
+        return Product(Dense(f["b"]), Dense(f["a"]))
+
+
+@final
+@dataclass(frozen=True)
 class LoRAFA(Pair):
     """``W + s B A`` with A frozen where it started (Zhang et al. 2023, arXiv 2308.03303).
 
