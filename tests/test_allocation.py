@@ -109,7 +109,7 @@ def test_drawn_gates_have_the_hard_concrete_distribution():
     for odds in (-2.0, 0.0, 1.0, 3.0):
         e = torch.full((n,), odds, dtype=torch.float64)
         torch.manual_seed(0)
-        got, want = HardConcrete.weights({"e": e, "sampled": torch.ones(())}).numpy(), drawn(odds, n)
+        got, want = HardConcrete(2).weights({"e": e, "sampled": torch.ones(())}).numpy(), drawn(odds, n)
         at = np.linspace(0, 1, 41)
         assert max(abs((got <= z).mean() - (want <= z).mean()) for z in at) < 0.02
         assert float(chance_of_open(e[0])) == pytest.approx((want > 0).mean(), abs=0.01)

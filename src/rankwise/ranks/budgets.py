@@ -208,7 +208,8 @@ class Pruning(Ranks):
         if step % self.every:
             return None
         factors: dict[str, dict[str, Tensor]] = {}
-        for module in (m for m in sites if m.memories()):
+        watching = [m for m in sites if m.memories()]
+        for module in watching:
             norms, f = module.memories()[0].clone(), module.factors()
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(norms)
@@ -218,6 +219,6 @@ class Pruning(Ranks):
                     score = f[name].abs() * norms
                     kept = score > score.kthvalue(least, -1, keepdim=True).values
                     factors.setdefault(module.site.name, {})[name] = f[name] * kept
-        if not factors:
+        if watching and not factors:
             raise StatisticsError("Entries are pruned by what layers read in training; found none that has read any.")
         return Plan(factors)

@@ -1,9 +1,9 @@
 """Structures whose update is exactly low rank. b (out, rank), a (rank, in), e (rank,)."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import log
-from operator import itemgetter
 from typing import ClassVar, final
 
 import torch
@@ -144,8 +144,11 @@ class Weighed(Ranked, Additive):
 
     outer = Start.ZEROS  # of b
     gate = Factor({"rank": 0}, Start.ONES)  # what e is, how it starts, and whether it is trained
-    weights: ClassVar[Callable[[Factors], Tensor]] = itemgetter("e")  # w
     beside: ClassVar[Mapping[str, Factor]] = {}  # other factors
+
+    @abstractmethod
+    def weights(self, f: Factors) -> Tensor:
+        """What weighs the components: w(e)."""
 
     @final
     def factors(self, site: Site) -> dict[str, Factor]:
@@ -159,12 +162,21 @@ class Weighed(Ranked, Additive):
 
     @final
     def operator(self, f: Factors) -> LinearOperator:
-        return Product(Dense(f["b"]), Product(Diagonal(type(self).weights(f)), Dense(f["a"])))
+        return Product(Dense(f["b"]), Product(Diagonal(self.weights(f)), Dense(f["a"])))
+
+
+@dataclass(frozen=True)
+class Direct(Weighed):
+    """``W + s B diag(e) A``."""
+
+    @final
+    def weights(self, f: Factors) -> Tensor:
+        return f["e"]
 
 
 @final
 @dataclass(frozen=True)
-class SVDForm(Weighed):
+class SVDForm(Direct):
     """``W + s B diag(e) A``, AdaLoRA's three factors (Zhang et al. 2023, arXiv 2303.10512).
 
     Attributes:
@@ -180,7 +192,7 @@ class SVDForm(Weighed):
 
 @final
 @dataclass(frozen=True)
-class Gated(Weighed):
+class Gated(Direct):
     """``W + s B diag(e) A``, B at zero, e trained from a standard normal start (SoRA; Ding et al. 2023, 2311.11696).
 
     Attributes:
@@ -195,7 +207,7 @@ class Gated(Weighed):
 
 @final
 @dataclass(frozen=True)
-class Switched(Weighed, Begun):
+class Switched(Direct, Begun):
     """``W + s B diag(e) A``, B at zero and e not trained but set by a rank plan (DyLoRA), at one to begin with.
 
     Attributes:
@@ -226,13 +238,6 @@ def chance_of_open(e: Tensor) -> Tensor:
     return torch.sigmoid(e - _TEMPERATURE * log(-_LOW / _HIGH))
 
 
-def _hard_concrete(f: Factors) -> Tensor:
-    e = f["e"]
-    if SAMPLED in f:
-        e = (e + torch.rand_like(e).clamp(1e-6, 1 - 1e-6).logit()) / _TEMPERATURE
-    return (torch.sigmoid(e) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
-
-
 @final
 @dataclass(frozen=True)
 class HardConcrete(Weighed):
@@ -251,8 +256,13 @@ class HardConcrete(Weighed):
 
     traits = Ranked.traits | {"samples", "hard_concrete"}
     gate = Factor({"odds": 0}, Start.ONES)
-    weights = staticmethod(_hard_concrete)
     beside: ClassVar[Mapping[str, Factor]] = {"multiplier": Factor({"one": 1}, trainable=False, shared="all sites")}
+
+    def weights(self, f: Factors) -> Tensor:
+        e = f["e"]
+        if SAMPLED in f:
+            e = (e + torch.rand_like(e).clamp(1e-6, 1 - 1e-6).logit()) / _TEMPERATURE
+        return (torch.sigmoid(e) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
 
 
 @final
@@ -268,7 +278,9 @@ class Selection(Weighed):
 
     traits = Ranked.traits - {"lowrank"} | {"selection"}
     gate = Factor({"odds": 0})
-    weights = staticmethod(lambda f: f["e"].softmax(-1))
+
+    def weights(self, f: Factors) -> Tensor:
+        return f["e"].softmax(-1)
 
 
 @final
