@@ -38,7 +38,7 @@ def ablations(sites: Iterable[SiteFactors], loss: Callable[[], Any]) -> dict[str
 
     Args:
         sites: with gates that are not trained.
-        loss: runs the model on validation data, always the same, and returns the loss.
+        loss: runs the model in evaluation mode on validation data, always the same, and returns the loss.
 
     Returns:
         By site, (\*stack, rank), infinity where a component is closed.
