@@ -59,6 +59,7 @@ from rankwise.structures import (
     Gated,
     GLoRA,
     GraLoRA,
+    HardConcrete,
     HiRA,
     InputSide,
     LoHa,
@@ -80,8 +81,10 @@ from rankwise.structures import (
     RandLoRA,
     RaSA,
     Replace,
+    Rising,
     RoAd,
     Rows,
+    Selection,
     ShareLoRA,
     SHiRA,
     SineLoRA,
@@ -131,6 +134,7 @@ LEAVES = (
     *(LoRA(4), SVDForm(3), LoKr(4), LoHa(2), HiRA(4), OFT(4), Replace()),
     *(HRA(4), BOFT(4), PSOFT(4), IA3(), IA3("in"), RoAd(2, 4), DeLoRA(4), MiSS(4), MiSS(3, 2), Bat(4), BlockLoRA(4)),
     *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3)),
+    *(HardConcrete(3), Selection(3), Rising(3)),
     *(LowRankWeight(3), SparseLowRank(3, 6.0, 0.2)),
     *(LoRAFA(4), InputSide(3), Core(3), Gated(3), Switched(3), ShareLoRA(3), TiedLoRA(3), VeRA(3, widths=(96, 96))),
     *(RaSA(3), BSLoRA(1, 2, 1), VBLoRA(2, 5, 4), RandLoRA(5), UniLoRA(2, 9), NOLA(2, bases=3)),
@@ -229,13 +233,24 @@ def test_equal_to_the_dense_weights(structure, family, implementation):
     else:
         adapters = put(model, structure)
     compare = Comparison(f"{structure}")
-    for train in (True, False):
+    for train in (False,) if "samples" in structure.traits else (True, False):
         got, want = logits(model.train(train)), dense(base, adapters)
         compare("meaning", got, want)
         pull = torch.randn_like(got)
         grads = [torch.autograd.grad((y * pull).sum(), parameters(adapters)) for y in (got, want)]
         for ours, theirs in zip(*grads, strict=True):
             compare("gradient", ours, theirs)
+
+
+@pytest.mark.usefixtures("anywhere")
+@IMPLEMENTATIONS
+def test_experts_draw_their_gates_in_training(implementation):
+    model = made("mixtral", implementation).train()
+    (adapter,) = put(model, HardConcrete(4))
+    found = logits(model)
+    assert not torch.equal(found, logits(model))
+    grads = torch.autograd.grad(found.sum(), parameters([adapter]))
+    assert all(g.any() for g in grads)
 
 
 @pytest.mark.usefixtures("anywhere")

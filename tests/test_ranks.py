@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import rankwise as rw
 from rankwise import ranks
 from rankwise.errors import AttachError, IncompatibleAxes, RankError, UnknownName
-from rankwise.ranks import Budget, Following, Rescaling, Restarts, Sampled, Shrinking
+from rankwise.ranks import Budget, Following, Pruning, Rescaling, Restarts, Sampled, Shrinking
 from rankwise.steps import STEPS, accompany
-from rankwise.structures import Chain, Delta, Gated, LoRA, Magnitude, SVDForm, Switched
+from rankwise.structures import Chain, Delta, Gated, LoRA, Magnitude, Rising, SVDForm, Switched
 from rankwise.testing import LAYERS
 
 
@@ -436,6 +436,7 @@ PLANS = (
     (Chain(LoRA(2, 2.0)), Restarts(4, keep=0.5)),
     (Chain(LoRA(2, 2.0)), Rescaling(4)),
     (Delta(LoRA(2, 2.0)), Following(2)),
+    (Rising(2, 2.0), Pruning(4)),
 )
 
 

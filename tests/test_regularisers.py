@@ -19,9 +19,11 @@ from rankwise.adapter import SiteFactors
 from rankwise.errors import IncompatibleAxes
 from rankwise.host import Site
 from rankwise.penalties import (
+    Alternation,
     Ascent,
     Balance,
     Dropout,
+    ExpectedRank,
     MaxNorm,
     Noise,
     Orthogonality,
@@ -33,7 +35,7 @@ from rankwise.penalties import (
 )
 from rankwise.penalties.flatness import Noisy
 from rankwise.registry import decode, encode, known_classes
-from rankwise.structures import OFT, Anchored, HiRA, LoRA, Magnitude, SVDForm
+from rankwise.structures import OFT, Anchored, HardConcrete, HiRA, LoRA, Magnitude, Selection, SVDForm
 from rankwise.structures.adversary import Adversary
 from rankwise.testing.compare import truth
 from rankwise.testing.laws import accepts
@@ -567,25 +569,27 @@ def test_both_compile_in_one_graph():
 
 EVERY = (Orthogonality(), Balance("size", steps=5), MaxNorm(2.0), Sharpness(0.1), Noise(0.1, 7, 2), Ascent(0.1, 2))
 EVERY += (OrthonormalPull(), SingularValues())
+OF_GATES = (ExpectedRank(1.5), Alternation())  # not for LoRA
 
 
 def test_every_penalty_is_here():
     found = (getattr(penalties, name) for name in penalties.__all__)
     assert {c for c in found if isinstance(c, type) and issubclass(c, Penalty) and is_dataclass(c)} == set(
-        map(type, EVERY)
+        map(type, (*EVERY, *OF_GATES))
     )
 
 
-@pytest.mark.parametrize("penalty", EVERY, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("penalty", (*EVERY, *OF_GATES), ids=lambda p: type(p).__name__)
 def test_a_penalty_lives_with_every_structure_that_it_accepts(penalty, tmp_path):
     """It trains through a perturbation and a step, leaves the base, saves, loads and merges; or is refused."""
     recipes, x = [], batch()[0]
-    for structure in SAMPLES:
+    for structure in (*SAMPLES, HardConcrete(4), Selection(4)):
         if penalty.requires <= structure.traits:
             recipes.append(rw.Recipe(structure, penalties=(penalty,)))
         else:
             with pytest.raises(IncompatibleAxes, match=r";.+\."):
                 rw.Recipe(structure, penalties=(penalty,))
+    assert recipes
     for recipe in recipes:
         model, adapter = made(recipe)
         bits = {name: p.clone() for name, p in model.named_parameters() if "adapters" not in name}

@@ -26,6 +26,7 @@ CATALOGUE = catalogue()
 # what layers of width 32 ask for beside a rank of 4
 SMALL: dict[str, dict[str, Any]] = {
     "adalora": {"budget": 4.0},
+    "alora_alloc": {"most": 6},
     "fourierft": {"count": 50},
     "gralora": {"blocks": 2},
     "mora": {"rank": 2},

@@ -21,6 +21,7 @@ from rankwise.structures import Factor, Structure
 from rankwise.structures.adversary import Adversary
 from rankwise.structures.structure import SAMPLED
 
+REMEMBERED = 0.9  # of a moving average of the norms of inputs, at each forward in training
 # which dim of a factor (by its dims) a dropout masks; "" is the whole factor
 _MASKED: dict[str, dict[tuple[str, ...], str]] = {
     "rank": {("rank", "in"): "rank"},
@@ -126,8 +127,13 @@ class SiteFactors(nn.Module):
         if masked and isinstance(self.dropout, Dropout):
             f = self.dropout(f, self.described)
         if "samples" in structure.traits:
-            return {**f, SAMPLED: torch.ones(())}
+            return {**f, SAMPLED: torch.ones(self.site.stack or ())}  # experts take a slice each
         return structure.joined(f, self.site) if isinstance(structure, Adversary) else f
+
+    def memories(self) -> list[Tensor]:
+        """The factors that hold a moving average of the norms of the inputs."""
+        f = self.factors()
+        return [f[name] for name, factor in self.described.items() if tuple(factor.dims) == ("seen",)]
 
     @property
     def p(self) -> float:
@@ -152,11 +158,22 @@ class Adapters(nn.Module):
         super().__init__()
         self.registry = registry
         self.record = Record()
+        self.watches = False  # whether some factor remembers what the module reads
         self.siblings: Any = None  # rankwise.siblings.Siblings: the layers that read what this one reads
 
     def put(self, name: str, slot: str, factors: SiteFactors) -> None:
         """Add one adapter's factors."""
         self.room(name).add_module(slot, factors)
+        self.watches |= bool(factors.memories())
+
+    def watch(self, choice: Choice, slot: str, x: Tensor) -> None:
+        """Show the active adapters what the module reads, but for a checkpoint that runs again."""
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if self.watches and self.training and not again and not isinstance(choice, Routing):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(x.detach().reshape(-1, x.shape[-1]), dim=0, dtype=dtype)
+            for memory in (m for level in self.active(choice, slot) for m in level.memories()):
+                memory.data.lerp_(norm.to(memory), 1 - REMEMBERED)
 
     def room(self, name: str) -> nn.Module:
         """What holds one adapter's factors here: those of slots as children, shared ones as its own parameters."""

@@ -78,6 +78,8 @@ def _layer_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         holder: Adapters = self._modules["adapters"]
         choice = holder.choice()
+        if holder.watches:
+            holder.watch(choice, LAYER, x)
         if holder.siblings is not None:
             y = holder.siblings.output(self, choice, x)
             if y is not None:

@@ -18,6 +18,7 @@ from rankwise.activity import Choice, Routing
 from rankwise.adapter import Dropout, Placement, Registry, blocks, stacked
 from rankwise.host import LAYER, Conv1DHost, LayerHost, LinearHost, kind_of
 from rankwise.ops.fused import Bundle, Part
+from rankwise.structures.structure import SAMPLED
 
 NAMES = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"),
@@ -160,6 +161,8 @@ def _part(module: Any, choice: Choice, x: Tensor) -> tuple[LayerHost, Part] | No
 
     def made(masked: bool) -> Part | None:
         factors = stacked(levels, masked) if routed else levels[0].seen(masked)
+        if SAMPLED in factors:  # it draws where it runs, once
+            return None
         correction = levels[0].structure.correction(factors, host)
         return None if correction is None else host.part(correction, x)
 

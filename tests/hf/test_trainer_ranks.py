@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from trainer_models import adapted, arguments, equal, llama, rows, values
+from transformers import TrainerCallback
 
 import rankwise as rw
 import rankwise.hf
-from rankwise.ranks import jagged_cosine
+from rankwise.ranks import ablations, carry_out, jagged_cosine, reallocated
 from rankwise.steps import STEPS
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -25,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "xgblora": {"every": 2, "blocks": 1, "links": 8},
     "delta_lora": {"start": 3},
     "scalora": {"every": 2},
+    "prilora": {"every": 2},
 }
 
 
@@ -58,6 +60,39 @@ def test_a_plan_changes_what_is_trained(tmp_path, method):
     for one, folder in ((model, "one"), (plain, "two")):
         trainer(one, tmp_path / folder).train()
     assert not equal(values(adapter), values(other))
+
+
+class Moving(TrainerCallback):
+    """ALoRA's: every second step two components move."""
+
+    def __init__(self, adapter: Any) -> None:
+        self.adapter, self.ids = adapter, torch.tensor([row["input_ids"] for row in rows(4)])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % 2:
+            return
+        sites, model = self.adapter.sites.values(), self.adapter.model.eval()
+        scores = ablations(sites, lambda: model(input_ids=self.ids, labels=self.ids).loss)
+        memory = kwargs["optimizer"].state
+        carry_out(sites, reallocated(sites, scores, 2, memory, state.global_step), kwargs["optimizer"])
+        model.train()
+
+
+def test_components_that_move_in_a_callback_are_saved_and_resumed(tmp_path):
+    def run(folder: Any = None) -> Any:
+        model, adapter = adapted(method="alora_alloc", most=6)
+        train = trainer(model, tmp_path)
+        train.add_callback(Moving(adapter))
+        train.train(folder)
+        return adapter
+
+    one = run()
+    two = run(str(tmp_path / "checkpoint-3"))
+    assert equal(values(one), values(two))
+    opened = [int(f["e"].sum()) for f in one.values()]
+    assert len(set(opened)) > 1
+    assert sum(opened) == 4 * len(opened)
+    assert equal(values(one), values(rw.load(llama(), tmp_path / "checkpoint-7")))
 
 
 @contextlib.contextmanager

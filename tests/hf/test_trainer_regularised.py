@@ -28,6 +28,8 @@ METHODS = {
     "flat_lora": {"steps": 5, "sigma": 0.5},
     "bi_lora": {"rho": 0.3},
     "lora_dropout": {},
+    "salora_struct": {"budget": 2.0},
+    "autolora": {},
 }
 
 

@@ -39,6 +39,7 @@ from rankwise.structures import (
     Gated,
     GLoRA,
     GraLoRA,
+    HardConcrete,
     HiRA,
     InputSide,
     LoHa,
@@ -62,8 +63,10 @@ from rankwise.structures import (
     RandLoRA,
     RaSA,
     Replace,
+    Rising,
     RoAd,
     Rows,
+    Selection,
     ShareLoRA,
     SHiRA,
     SineLoRA,
@@ -155,6 +158,9 @@ LEAVES: tuple[Structure, ...] = (
     SHiRA(1, "wm"),
     C3A(4),
     FouRA(3),
+    Switched(4, open=2),
+    Selection(3),
+    Rising(3),
 )
 WRAPPED: tuple[Structure, ...] = (
     Magnitude(LoRA(3)),
@@ -219,6 +225,7 @@ ACROSS: tuple[Structure, ...] = (CrossGroup(6), CrossGroup(8, None), Stack(OFT(4
 PATCHES: tuple[Structure, ...] = (PatchOFT(4), PatchOFT(3, terms=5), Stack(Replace(), PatchOFT(4)))
 ACTIVATIONS: tuple[Structure, ...] = (LowRankActivation(3),)
 SAMPLED: tuple[Structure, ...] = (PVeRA(3), PVeRA(3, widths=(40, 40)), Magnitude(PVeRA(2)))
+SAMPLED += (HardConcrete(3), Magnitude(HardConcrete(2)))
 STRUCTURES = (*LEAVES, *SAMPLED, *WRAPPED, *ROWS, *TOKENS, *ACROSS, *PATCHES, *ACTIVATIONS)
 
 

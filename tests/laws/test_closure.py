@@ -36,7 +36,7 @@ from rankwise.inits import (
     PrincipalFrame,
     Xavier,
 )
-from rankwise.ranks import Budget, Constant, Following, Ranks, Rescaling, Restarts, Sampled, Shrinking
+from rankwise.ranks import Budget, Constant, Following, Pruning, Ranks, Rescaling, Restarts, Sampled, Shrinking
 from rankwise.solvers import (
     ALS,
     LORO,
@@ -92,6 +92,7 @@ RANKS = (
     Restarts(2, keep=0.5, prune=0.9, blocks=1),
     Rescaling(2),
     Following(2),
+    Pruning(2),
 )
 DROPOUTS = (0.0, 0.1)
 

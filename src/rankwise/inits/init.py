@@ -80,9 +80,9 @@ def rank_of(structure: Structure, site: Site) -> int:
 
 
 def factors_of(structure: Structure, site: Site, b: Tensor, a: Tensor) -> dict[str, Tensor]:
-    """The factors of ``s b a`` (of ``s b diag(1) a`` where there is an e): b (out, rank), a (rank, in)."""
-    ones = {name: a.new_ones(f.shape) for name, f in structure.factors(site).items() if name == "e"}
-    return {"a": a.contiguous(), "b": b.contiguous(), **ones}
+    """The factors of ``s b a``, b (out, rank), a (rank, in); where there is an e it is one, and any other is zero."""
+    others = {k: a.new_full(f.shape, float(k == "e")) for k, f in structure.factors(site).items()}
+    return {**others, "a": a.contiguous(), "b": b.contiguous()}
 
 
 class Drawn(Init):

@@ -19,9 +19,9 @@ def split(structure: Structure, site: Site, triplets: Triplets) -> dict[str, Ten
     u, s, v = triplets
     s = s / structure.scale
     if "e" in structure.factors(site):
-        return {"a": v.mT.contiguous(), "b": u.contiguous(), "e": s}
+        return {**factors_of(structure, site, u, v.mT), "e": s}
     root = s.sqrt()
-    return {"a": root.unsqueeze(-1) * v.mT, "b": u * root}
+    return factors_of(structure, site, u * root, root.unsqueeze(-1) * v.mT)
 
 
 def last(triplets: Triplets, rank: int) -> Triplets:

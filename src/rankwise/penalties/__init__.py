@@ -1,12 +1,21 @@
 """What else than the loss shapes training: terms, acts around a step, perturbed weights, dropout on factors."""
 
 from rankwise.adapter import Dropout
-from rankwise.penalties.factors import Balance, MaxNorm, Orthogonality, OrthonormalPull, SingularValues
+from rankwise.penalties.factors import (
+    Alternation,
+    Balance,
+    ExpectedRank,
+    MaxNorm,
+    Orthogonality,
+    OrthonormalPull,
+    SingularValues,
+)
 from rankwise.penalties.flatness import Ascent, Noise, Sharpness
 from rankwise.penalties.penalty import AfterStep, BeforeStep, Penalty, Perturbation, Term
 from rankwise.penalties.run import backward, perturbed
 
 __all__ = [
-    "AfterStep", "Ascent", "Balance", "BeforeStep", "Dropout", "MaxNorm", "Noise", "Orthogonality",
-    "OrthonormalPull", "Penalty", "Perturbation", "Sharpness", "SingularValues", "Term", "backward", "perturbed",
+    "AfterStep", "Alternation", "Ascent", "Balance", "BeforeStep", "Dropout", "ExpectedRank", "MaxNorm", "Noise",
+    "Orthogonality", "OrthonormalPull", "Penalty", "Perturbation", "Sharpness", "SingularValues", "Term", "backward",
+    "perturbed",
 ]  # fmt: skip

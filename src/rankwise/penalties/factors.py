@@ -13,6 +13,7 @@ from rankwise.adapter import SiteFactors
 from rankwise.errors import IncompatibleAxes
 from rankwise.penalties.penalty import AfterStep, BeforeStep, Rates, Term
 from rankwise.structures.adversary import SECOND
+from rankwise.structures.lowrank import chance_of_open
 from rankwise.structures.structure import SIDES, trained_pairs
 
 
@@ -172,3 +173,64 @@ class MaxNorm(AfterStep):
             ratio = (self.limit / squared_norm(b, a, scale).sqrt().clamp_min(1e-30)).clamp_max(1).sqrt()
             b.mul_(ratio[..., None, None])
             a.mul_(ratio[..., None, None])
+
+
+# -- on gates -----------------------------------------------------------------------------------
+
+
+@final
+@dataclass(frozen=True)
+class ExpectedRank(Term, AfterStep):
+    """Drives the expected rank of drawn gates to a budget: ``l c``, and after a step ``l <- l + rate c``, 0 for c <= 0.
+
+    c is what the expected rank of all sites has above the budget, as a share of their rank; l is its Lagrange
+    multiplier, which starts at zero and is saved with the adapter (SaLoRA; Hu et al. 2023). That it starts anew
+    wherever the budget is met keeps the rank from falling far below (Gallego-Posada et al. 2022, arXiv 2208.04425).
+
+    Attributes:
+        budget: ranks that are left, on average over the sites.
+        rate: of the multiplier.
+    """
+
+    requires = frozenset({"hard_concrete"})
+
+    budget: float = 8.0
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.budget <= 0 or self.rate <= 0:
+            raise IncompatibleAxes(f"A rank budget and the rate of its multiplier are above 0; found {self!r}.")
+
+    def above(self, sites: Iterable[SiteFactors]) -> Tensor:
+        """c, differentiable in the gates."""
+        gates = trained(sites, ("odds",))
+        least = sum(self.budget * e.numel() / e.shape[-1] for e in gates)
+        return (torch.stack([chance_of_open(e).sum() for e in gates]).sum() - least) / sum(e.numel() for e in gates)
+
+    def __call__(self, adapter: Any, step: int) -> Tensor:
+        sites = [*adapter.sites.values()]
+        return _multipliers(sites)[0].flatten()[0] * self.above(sites)
+
+    def after(self, sites: Sequence[SiteFactors]) -> None:
+        c = self.above(sites)
+        for multiplier in _multipliers(sites):
+            multiplier.copy_((multiplier + self.rate * c).clamp_min(0) * (c > 0))
+
+
+def _multipliers(sites: Iterable[SiteFactors]) -> list[Tensor]:
+    """One, or one a kind of site: stacks have one of a shape of their own, of equal value."""
+    return [p for site in sites for name, p in site.own().items() if tuple(site.described[name].dims) == ("one",)]
+
+
+@final
+@dataclass(frozen=True)
+class Alternation(BeforeStep):
+    """Of every two steps the first trains the factors and the second the gates, for data of their own (AutoLoRA)."""
+
+    requires = frozenset({"selection"})
+
+    def before(self, sites: Sequence[SiteFactors], rates: Rates, step: int) -> None:
+        for site in sites:
+            for name, p in site.own().items():
+                if (tuple(site.described[name].dims) == ("odds",)) != bool(step % 2):
+                    p.grad = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankwise.adapter import SiteFactors
-from rankwise.errors import IncompatibleAxes, RankError
+from rankwise.errors import IncompatibleAxes, RankError, StatisticsError
 from rankwise.ranks.ranks import Memory, Plan, Ranks, gates
 
 
@@ -180,3 +180,45 @@ class Shrinking(Ranks):
         shrink = torch.nn.functional.softshrink
         live = {m.site.name: {name: m.factors()[name] for name in gates(m)} for m in sites}
         return Plan({s: {name: shrink(e, self.threshold) for name, e in named.items()} for s, named in live.items()})
+
+
+@final
+@dataclass(frozen=True)
+class Pruning(Ranks):
+    """PRILoRA's: every so many steps a share of each row of A is set to zero, by ``|A_ij|`` times the norm of input j.
+
+    The norm is a moving average over the forwards of training, and over processes. What is zero goes on being trained
+    (Benedek and Wolf 2024, arXiv 2401.11316).
+
+    Attributes:
+        every: steps between two prunings.
+        share: of the entries of a row.
+    """
+
+    every: int = 40
+    share: float = 0.5
+
+    requires = frozenset({"seen"})
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not 0 < self.share < 1:
+            raise IncompatibleAxes(f"A share in (0, 1) is pruned every 1 or more steps; found {self!r}.")
+
+    def plan(self, step: int, sites: Sequence[SiteFactors], memory: Memory) -> Plan | None:
+        if step % self.every:
+            return None
+        factors: dict[str, dict[str, Tensor]] = {}
+        watching = [m for m in sites if m.memories()]
+        for module in watching:
+            norms, f = module.memories()[0].clone(), module.factors()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(norms)
+            for name, factor in module.described.items():
+                least = int(self.share * factor.shape[-1])
+                if norms.any() and least and factor.trainable and tuple(factor.dims) == ("rank", "in"):
+                    score = f[name].abs() * norms
+                    kept = score > score.kthvalue(least, -1, keepdim=True).values
+                    factors.setdefault(module.site.name, {})[name] = f[name] * kept
+        if watching and not factors:
+            raise StatisticsError("Entries are pruned by what layers read in training; found none that has read any.")
+        return Plan(factors)

@@ -5,6 +5,7 @@ The axes that every method shares (``sites``, ``dropout``, ``base``, ``lr``, ``r
 """
 
 from rankwise.recipes import (
+    allocation,
     augmented,
     compositions,
     pretraining,
@@ -20,6 +21,7 @@ from rankwise.recipes import (
     tensors,
     threefactor,
 )
+from rankwise.recipes.allocation import *  # noqa: F403
 from rankwise.recipes.augmented import *  # noqa: F403
 from rankwise.recipes.compositions import *  # noqa: F403
 from rankwise.recipes.pretraining import *  # noqa: F403
@@ -47,6 +49,7 @@ __all__ += starts.__all__
 __all__ += solving.__all__
 __all__ += projected.__all__
 __all__ += ranking.__all__
+__all__ += allocation.__all__
 __all__ += regularised.__all__
 __all__ += pretraining.__all__
 __all__ += compositions.__all__

@@ -8,7 +8,18 @@ from rankwise.structures.bounded import Bat, BlockLoRA, DeLoRA, MiSS
 from rankwise.structures.chains import Chain, Delta
 from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.gates import IA3, RoAd
-from rankwise.structures.lowrank import Core, Gated, InputSide, LoRA, LoRAFA, SVDForm, Switched
+from rankwise.structures.lowrank import (
+    Core,
+    Gated,
+    HardConcrete,
+    InputSide,
+    LoRA,
+    LoRAFA,
+    Rising,
+    Selection,
+    SVDForm,
+    Switched,
+)
 from rankwise.structures.products import HiRA, LoHa, LoKr
 from rankwise.structures.rotations import BOFT, HRA, OFT, PSOFT
 from rankwise.structures.shared import PVeRA, ShareLoRA, TiedLoRA, VeRA
@@ -34,11 +45,11 @@ from rankwise.structures.wrappers import Anchored, Magnitude, Rows, Stack
 
 __all__ = [
     "ABBA", "BOFT", "C3A", "HRA", "IA3", "NOLA", "OFT", "PSOFT", "SVFT", "Added", "Additive", "Anchored", "BSLoRA",
-    "Bat", "Begun", "BlockLoRA", "BoRA", "CaRA", "Chain", "Core", "CrossGroup", "DeLoRA", "Delta", "FacTTK",
-    "FacTTT", "Factor", "Factors", "FouRA", "FourierFT", "GLoRA", "Gate", "Gated", "GraLoRA", "HiRA", "InputSide",
+    "Bat", "Begun", "BlockLoRA", "BoRA", "CaRA", "Chain", "Core", "CrossGroup", "DeLoRA", "Delta", "FacTTK", "FacTTT",
+    "Factor", "Factors", "FouRA", "FourierFT", "GLoRA", "Gate", "Gated", "GraLoRA", "HardConcrete", "HiRA", "InputSide",
     "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRETTA", "LoRTA", "LoTR", "LowRankActivation", "LowRankWeight", "MELoRA",
     "Magnitude", "MetaTT", "MiSS", "MoRA", "PRoLoRA", "PVeRA", "PatchOFT", "QuanTA", "RaSA", "RandLoRA", "Replace",
-    "RoAd", "Rotation", "Rows", "SHiRA", "SVDForm", "ShareLoRA", "Sided", "SineLoRA", "SparseLowRank", "Stack",
-    "Standalone", "Start", "Structure", "Switched", "TTLoRA", "ThreeFactor", "TiedLoRA", "TinyLoRA", "TokenRows",
-    "Truncated", "UniLoRA", "VBLoRA", "VeRA", "WaveFT",
+    "Rising", "RoAd", "Rotation", "Rows", "SHiRA", "SVDForm", "Selection", "ShareLoRA", "Sided", "SineLoRA",
+    "SparseLowRank", "Stack", "Standalone", "Start", "Structure", "Switched", "TTLoRA", "ThreeFactor", "TiedLoRA",
+    "TinyLoRA", "TokenRows", "Truncated", "UniLoRA", "VBLoRA", "VeRA", "WaveFT",
 ]  # fmt: skip

@@ -1,12 +1,18 @@
 """Structures whose update is exactly low rank. b (out, rank), a (rank, in), e (rank,)."""
 
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import log
 from typing import ClassVar, final
+
+import torch
+from torch import Tensor
 
 from rankwise.errors import IncompatibleAxes
 from rankwise.host import Site
 from rankwise.ops import Dense, Diagonal, LinearOperator, Product
-from rankwise.structures.structure import Additive, Factor, Factors, Leaf, Start, check_rank
+from rankwise.structures.structure import SAMPLED, Additive, Begun, Factor, Factors, Leaf, Start, check_rank
 
 
 def scale_of(rank: int, alpha: float | None, rule: str) -> float:
@@ -76,6 +82,34 @@ class LoRA(Pair):
 
 @final
 @dataclass(frozen=True)
+class Rising(Ranked, Additive):
+    """``W + s B A`` of a rank that rises linearly with depth (PRILoRA; Benedek and Wolf 2024, arXiv 2401.11316).
+
+    The norms of the inputs that a linear layer reads in training are remembered, for :class:`rankwise.ranks.Pruning`.
+
+    Attributes:
+        rank: r, on average over the blocks of the model; of layers outside of blocks.
+        alpha: numerator of the scale, which is that of r everywhere; None for a scale of 1.
+        scale_rule: as in LoRA.
+        spread: the rank goes from (1 - spread) r in the first block to (1 + spread) r in the last one.
+    """
+
+    spread: float = 0.5
+
+    traits = Ranked.traits | {"product", "pair", "seen"}
+
+    def factors(self, site: Site) -> dict[str, Factor]:
+        depth = 0.5 if site.layer is None or site.layers < 2 else site.layer / (site.layers - 1)
+        pair = LoRA(round(self.rank * (1 + self.spread * (2 * depth - 1)))).factors(site)
+        norms = {"norms": Factor({"seen": site.cols}, trainable=False)} if site.kind == "linear" else {}
+        return {**{name: replace(factor, scale=self.scale) for name, factor in pair.items()}, **norms}
+
+    def operator(self, f: Factors) -> LinearOperator:
+        return Product(Dense(f["b"]), Dense(f["a"]))
+
+
+@final
+@dataclass(frozen=True)
 class LoRAFA(Pair):
     """``W + s B A`` with A frozen where it started (Zhang et al. 2023, arXiv 2308.03303).
 
@@ -106,10 +140,15 @@ class InputSide(Pair):
 
 @dataclass(frozen=True)
 class Weighed(Ranked, Additive):
-    """``W + s B diag(e) A``: e (rank,) weighs the rank components."""
+    """``W + s B diag(w(e)) A``: e (rank,) weighs the rank components."""
 
     outer = Start.ZEROS  # of b
-    gate = Factor({}, Start.ONES)  # how e starts, and whether it is trained
+    gate = Factor({"rank": 0}, Start.ONES)  # what e is, how it starts, and whether it is trained
+    beside: ClassVar[Mapping[str, Factor]] = {}  # other factors
+
+    @abstractmethod
+    def weights(self, f: Factors) -> Tensor:
+        """What weighs the components: w(e)."""
 
     @final
     def factors(self, site: Site) -> dict[str, Factor]:
@@ -117,17 +156,27 @@ class Weighed(Ranked, Additive):
         return {
             "a": Factor({"rank": r, "in": site.cols}, Start.RANDOM),
             "b": Factor({"out": site.rows, "rank": r}, self.outer),
-            "e": replace(self.gate, dims={"rank": r}),
+            "e": replace(self.gate, dims=dict.fromkeys(self.gate.dims, r)),
+            **self.beside,
         }
 
     @final
     def operator(self, f: Factors) -> LinearOperator:
-        return Product(Dense(f["b"]), Product(Diagonal(f["e"]), Dense(f["a"])))
+        return Product(Dense(f["b"]), Product(Diagonal(self.weights(f)), Dense(f["a"])))
+
+
+@dataclass(frozen=True)
+class Direct(Weighed):
+    """``W + s B diag(e) A``."""
+
+    @final
+    def weights(self, f: Factors) -> Tensor:
+        return f["e"]
 
 
 @final
 @dataclass(frozen=True)
-class SVDForm(Weighed):
+class SVDForm(Direct):
     """``W + s B diag(e) A``, AdaLoRA's three factors (Zhang et al. 2023, arXiv 2303.10512).
 
     Attributes:
@@ -138,12 +187,12 @@ class SVDForm(Weighed):
 
     traits = Ranked.traits | {"gated"}
     outer = Start.RANDOM
-    gate = Factor({})
+    gate = Factor({"rank": 0})
 
 
 @final
 @dataclass(frozen=True)
-class Gated(Weighed):
+class Gated(Direct):
     """``W + s B diag(e) A``, B at zero, e trained from a standard normal start (SoRA; Ding et al. 2023, 2311.11696).
 
     Attributes:
@@ -153,13 +202,51 @@ class Gated(Weighed):
     """
 
     traits = Ranked.traits | {"gated"}
-    gate = Factor({}, Start.NORMAL)
+    gate = Factor({"rank": 0}, Start.NORMAL)
 
 
 @final
 @dataclass(frozen=True)
-class Switched(Weighed):
+class Switched(Direct, Begun):
     """``W + s B diag(e) A``, B at zero and e not trained but set by a rank plan (DyLoRA), at one to begin with.
+
+    Attributes:
+        rank: r.
+        alpha: numerator of the scale; None for a scale of 1.
+        scale_rule: "alpha/r" or "alpha/sqrt(r)".
+        open: how many of the r begin at one, the others at zero, as room to grow (ALoRA); None for all.
+    """
+
+    open: int | None = None
+
+    traits = Ranked.traits | {"switched"}
+    gate = Factor({"rank": 0}, Start.ONES, trainable=False)
+
+    def begin(self, site: Site, weight: Callable[[], Tensor], drawn: Factors) -> Factors:
+        e = drawn["e"]
+        most = check_rank(self.rank if self.open is None else self.open, site, self.rank)
+        return {"e": (torch.arange(self.rank, device=e.device) < most).to(e).expand_as(e)}
+
+
+# -- gates that are functions of what is trained ------------------------------------------------
+
+_LOW, _HIGH, _TEMPERATURE = -0.1, 1.1, 2 / 3  # as Louizos et al. 2017 (arXiv 1712.01312) advise
+
+
+def chance_of_open(e: Tensor) -> Tensor:
+    """How likely each gate of :class:`HardConcrete` is above zero; the sum is the expected rank."""
+    return torch.sigmoid(e - _TEMPERATURE * log(-_LOW / _HIGH))
+
+
+@final
+@dataclass(frozen=True)
+class HardConcrete(Weighed):
+    """``W + s B diag(z) A``, z in [0, 1] drawn from a hard concrete distribution of log-odds e (SaLoRA).
+
+    ``z = min(1, max(0, 1.2 sigmoid((e + log u - log(1 - u)) / (2/3)) - 0.1))``, u uniform, while training, for each
+    forward of a layer; afterwards, and in what is merged, ``min(1, max(0, 1.2 sigmoid(e) - 0.1))``. Hu et al. 2023,
+    Mathematics 11(20), 4317; Louizos et al. 2017, arXiv 1712.01312, eq. 10 to 13. The multiplier is that of
+    :class:`rankwise.penalties.ExpectedRank`.
 
     Attributes:
         rank: r.
@@ -167,8 +254,33 @@ class Switched(Weighed):
         scale_rule: "alpha/r" or "alpha/sqrt(r)".
     """
 
-    traits = Ranked.traits | {"switched"}
-    gate = Factor({}, Start.ONES, trainable=False)
+    traits = Ranked.traits | {"samples", "hard_concrete"}
+    gate = Factor({"odds": 0}, Start.ONES)
+    beside: ClassVar[Mapping[str, Factor]] = {"multiplier": Factor({"one": 1}, trainable=False, shared="all sites")}
+
+    def weights(self, f: Factors) -> Tensor:
+        e = f["e"]
+        if SAMPLED in f:
+            e = (e + torch.rand_like(e).clamp(1e-6, 1 - 1e-6).logit()) / _TEMPERATURE
+        return (torch.sigmoid(e) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+
+
+@final
+@dataclass(frozen=True)
+class Selection(Weighed):
+    """``W + s B diag(softmax(e)) A``: the rank components of a layer compete (AutoLoRA; Zhang et al. 2024, 2403.09113).
+
+    Attributes:
+        rank: r.
+        alpha: numerator of the scale; None for a scale of 1.
+        scale_rule: "alpha/r" or "alpha/sqrt(r)".
+    """
+
+    traits = Ranked.traits - {"lowrank"} | {"selection"}
+    gate = Factor({"odds": 0})
+
+    def weights(self, f: Factors) -> Tensor:
+        return f["e"].softmax(-1)
 
 
 @final

@@ -115,10 +115,12 @@ class Structure(ABC):
     - ``drops``: honours dropout on its input;
     - ``gated``: rank components are weighed by a trained ``e`` (rank,), ``s * b @ diag(e) @ a``;
     - ``switched``: the same with an ``e`` that is not trained;
+    - ``hard_concrete``, ``selection``: they are weighed by drawn gates, or by a softmax, of a trained ``e``;
     - ``chain``: room for finished pairs beside the one in training; ``open_chain``: for any number of them;
+    - ``seen``: an untrained factor ("seen",) in which training keeps the norms of the layer's inputs;
     - ``delta``: an anchor that W's own change is measured from;
     - ``not_mergeable``: no dense form, ``weight`` raises: excepted from L1;
-    - ``samples``: a random map while training, excepted from L1 then; ``weight`` is its mean;
+    - ``samples``: a random map while training, excepted from L1 then; ``weight`` is the map that is served;
     - ``moves_at_start``, ``identity_to_rounding``: documented exceptions to L2.
     """
 

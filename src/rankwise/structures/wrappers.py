@@ -49,7 +49,7 @@ def check_still(wrapper: str, *inner: Structure) -> None:
     """
     if any("samples" in structure.traits for structure in inner):
         raise IncompatibleAxes(
-            f"{wrapper} holds no map that is drawn while training; found {inner!r}. Take VeRA there."
+            f"{wrapper} holds no map that is drawn while training; found {inner!r}. Take VeRA there, or Gated."
         )
 
 
@@ -134,6 +134,7 @@ class Anchored(Added):
                 f"An anchor subtracts the update's start, so the update must be additive; found Anchored("
                 f"{self.inner!r}). Anchor the additive structure inside instead: Magnitude(Anchored(LoRA(...)))."
             )
+        check_still("An anchor", self.inner)
         keep(self, traits=self.inner.traits - {"moves_at_start"} | {"anchored", "identity_to_rounding"})
 
     def factors(self, site: Site) -> dict[str, Factor]:

@@ -20,6 +20,7 @@ from rankwise.structures import (
     LoRAFA,
     Magnitude,
     Replace,
+    Rising,
     SVDForm,
     Switched,
     ThreeFactor,
@@ -119,5 +120,5 @@ SAMPLES = (
     *(LoRA(4), LoRAFA(4), SVDForm(4), LoKr(4), LoHa(4), Replace(), Core(4), InputSide(4)),
     *(Magnitude(LoRA(4)), Anchored(LoRA(4)), Anchored(SVDForm(4))),
     ThreeFactor(4),
-    *(Switched(4), Chain(LoRA(4)), Chain(LoRA(4), 2), Delta(LoRA(4))),
+    *(Rising(4), Switched(4), Chain(LoRA(4)), Chain(LoRA(4), 2), Delta(LoRA(4))),
 )
