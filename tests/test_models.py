@@ -149,7 +149,7 @@ def test_a_life(case, method, tmp_path):
         assert torch.equal(logits(again, case.inputs), start)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "lora_fa"])
+@pytest.mark.parametrize("method", ["lora", "dora", "lora_fa", "vera"])
 def test_compiled_whole(method):
     torch._dynamo.reset()
     case = CASES[0]

@@ -97,7 +97,10 @@ class Bundle(NamedTuple):
         if self.how[0]:
             shapes = (*x.shape[:-1], 1), x.shape[-1:]
             rows, cols = (torch.randint(-(2**31), 2**31, s, dtype=torch.int32, device=x.device) | 1 for s in shapes)
-        return _Fused.apply(self.how, x, rows, cols, *self.tensors)[: len(self.how[1])]
+        tensors = self.tensors
+        if torch.compiler.is_compiling():  # Dynamo takes no tensor twice, and parts may share a factor
+            tensors = [t if t is None else t.view_as(t) for t in tensors]
+        return _Fused.apply(self.how, x, rows, cols, *tensors)[: len(self.how[1])]
 
 
 def run(x: Tensor, parts: Sequence[Part], dropout: float = 0.0) -> tuple[Tensor, ...]:

@@ -112,8 +112,8 @@ def bora(rank: int = 8, blocks: int = 4, alpha: float | None = None, **axes: Any
         The recipe.
 
     References:
-        Li et al. 2025, arXiv 2508.06953. Deviation: e itself is trained, from 1, so that training begins at LoRA; a note
-        on the paper says that it trains sigma of ``e = exp(sigma / mean |sigma|)``. The number of blocks is ours.
+        Li et al. 2025, arXiv 2508.06953. Deviation: e itself is trained, from 1, so that training begins at LoRA; a
+        note on the paper says that it trains sigma of ``e = exp(sigma / mean |sigma|)``. The number of blocks is ours.
     """
     structure = BoRA(rank, rank if alpha is None else alpha, blocks=blocks)
     return point(axes, "bora", 2e-3, structure, "Li et al. 2025, arXiv 2508.06953")
