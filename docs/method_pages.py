@@ -73,10 +73,10 @@ def measured(name: str, rows: list[dict[str, Any]]) -> str:
         return "Not raced yet; [how a race works](../race.md)."
     row, verdict = found[0], found[0].get("verdict") or {}
     if not verdict:
-        return f"In our [race](../race.md): {row['word']}."
+        return f"In our [race](../our-race.md): {row['word']}."
     share, low, high = (verdict[key] for key in ("difference", "low", "high"))
     return (
-        f"In our [race](../race.md) against tuned LoRA: **{row['word']}**. Its loss is lower by {share:+.1%} "
+        f"In our [race](../our-race.md) against tuned LoRA: **{row['word']}**. Its loss is lower by {share:+.1%} "
         f"[{low:+.1%}, {high:+.1%}] of what full fine-tuning gains."
     )
 
