@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from benchmarks.advice import asked
@@ -450,3 +451,25 @@ def test_budgets_are_steps_or_times():
     assert [steps_of(t, lambda: 0.5) for t in ("400", "400 steps", "30s", "2min", "1h")] == [400, 400, 60, 240, 7200]
     with pytest.raises(DataError, match="found 'soon'"):
         steps_of("soon", lambda: 1.0)
+
+
+def test_the_development_cases_have_rows_enough_and_none_in_two_parts(tmp_path):
+    from benchmarks.race_screen import DATA
+    from benchmarks.regret import TEST, VALID, cases, files
+
+    if not DATA.exists():
+        pytest.skip(f"{DATA} is not there")
+    found = cases()
+    assert len(found) == 8
+    for name, rows in found.items():
+        parts = {part: Path(file).read_text().splitlines() for part, file in files(tmp_path, name, rows).items()}
+        assert (len(parts["valid"]), len(parts["test"])) == (VALID, TEST) and len(parts["train"]) >= 100, name
+        assert len(set().union(*parts.values())) == len(rows), name
+
+
+def test_the_table_of_regret_has_the_mean_of_its_rows():
+    from benchmarks.regret import table
+
+    row = {"case": "code", "word": "UNRESOLVED", "arm": "lora", "tried": ["dora"], "spent": 20.0}
+    text = table([{**row, "tuned": 0.1, "equal": 0.2}, {**row, "tuned": 0.3, "equal": 0.4}])
+    assert "+10.0%, +30.0%" in text and "| all | | | +20.0% [" in text and "| +30.0% [" in text
