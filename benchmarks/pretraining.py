@@ -113,7 +113,33 @@ def main(folder: Path, sizes: list[str], seeds: int, most: int | None, methods: 
                 print(f"{size:5} {method:9} seed {seed}  loss {entry.loss:.3f}  {entry.seconds:.0f} s", flush=True)
     (folder / "pretraining.json").write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))
     (folder / "table.md").write_text(table(rows))
+    draw(rows, folder / "pretraining.png")
     print(table(rows))
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Loss against bytes and against seconds, a mark for each run, a column of panels for each size."""
+    import matplotlib.pyplot as plt
+
+    sizes = list(dict.fromkeys(row["size"] for row in sorted(rows, key=lambda row: list(SIZES).index(row["size"]))))
+    figure, axes = plt.subplots(2, len(sizes), figsize=(4 * len(sizes), 6), squeeze=False, sharey="col")
+    for column, size in enumerate(sizes):
+        for method in METHODS:
+            own = [row for row in rows if (row["size"], row["method"]) == (size, method)]
+            losses = [row["loss"] for row in own]
+            axes[0, column].plot([row["bytes"] / 1e6 for row in own], losses, "o-", markersize=5, label=method)
+            axes[1, column].plot([row["seconds"] for row in own], losses, "o-", markersize=5)
+        axes[0, column].set(title=size, xlabel="kept from step to step, MB")
+        axes[1, column].set(xlabel="seconds")
+        for panel in axes[:, column]:
+            panel.set_xlim(left=0)
+            panel.spines[["top", "right"]].set_visible(False)
+    for panel in axes[:, 0]:
+        panel.set_ylabel("held-out loss")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, ncol=len(names), loc="lower center", frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(file, dpi=110)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
