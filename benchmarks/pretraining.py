@@ -89,7 +89,7 @@ def main(folder: Path, sizes: list[str], seeds: int, most: int | None, methods: 
 
     def tuned(size: str, method: str) -> float:
         tried: dict[float, Entry] = {}
-        wanted = list(FACTORS)
+        wanted, best = list(FACTORS), 1.0
         while wanted:
             tried |= {f: ledger.done(run(size, method, 0, f), MEASURES) for f in wanted}
             best = min(tried, key=lambda f: tried[f].loss)

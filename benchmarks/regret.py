@@ -3,7 +3,7 @@
 Eight development cases, texts and classifications, on the language model of 260,000 parameters that our race uses.
 On each, ``rankwise advise`` gets a budget; then, on test data that it has not seen and a new seed, three runs: the
 advised one; LoRA at the rate that stage 2 found; and LoRA at that rate trained on all that advice and the advised run
-cost. Regret is how much worse the first is than each of the others, as a share of what LoRA gains.
+cost. Regret is how much worse the first is than each of the others, as a share of the gain that advice saw.
 """
 
 from __future__ import annotations
@@ -106,16 +106,15 @@ def asked(folder: Path, name: str, parts: dict[str, str], draw: int, steps: int,
     assert advice is not None
     lora = advice.standings[0]
 
-    def loss(arm: Any, lr: float, count: int) -> tuple[float, float]:
+    def loss(arm: Any, lr: float, count: int) -> float:
         judged = replace(run, **arm.what, lr=lr, steps=count, seed=AGAIN + draw, validation=parts["test"])
         entry = ledger.done(judged)
-        before = entry.scores.get("before", {}).get("loss", float("inf"))
-        return min(before, entry.loss), before
+        return min(entry.scores.get("before", {}).get("loss", float("inf")), entry.loss)
 
-    own, before = loss(advice.arm, advice.lr, max(1, round(steps / advice.arm.cost)))
-    tuned, before = loss(lora.arm, lora.lr, steps)
-    everything, _ = loss(lora.arm, lora.lr, steps + round(advice.spent))
-    gain = before - tuned
+    own = loss(advice.arm, advice.lr, max(1, round(steps / advice.arm.cost)))
+    tuned = loss(lora.arm, lora.lr, steps)
+    everything = loss(lora.arm, lora.lr, steps + round(advice.spent))
+    gain = advice.gain
     return {
         "case": name,
         "draw": draw,

@@ -212,8 +212,9 @@ def test_an_ablation_is_the_loss_without_a_component_and_with_it_alone():
     before = values(adapter)
     found = ranks.ablations(adapter.sites.values(), lambda: error(adapter.model))
     assert same(values(adapter), before)
-    weights = [layer.weight.detach() for layer in adapter.model.layers]
-    biases = [layer.bias.detach().numpy() for layer in adapter.model.layers]
+    layers: Any = adapter.model.layers
+    weights = [layer.weight.detach() for layer in layers]
+    biases = [layer.bias.detach().numpy() for layer in layers]
     x, y = (t.numpy() for t in data())
 
     def loss(gates: np.ndarray) -> float:

@@ -210,7 +210,7 @@ class _Fused(Function):
         if read and x.dtype in HALF:  # where memory is what one trains in half precision for, h is made again
             narrow = ()
         ctx.save_for_backward(x if read else None, rows, cols, *tensors, *kept, *narrow)
-        ctx.how = how
+        ctx.how, ctx.read = how, read
         ctx.set_materialize_grads(False)
         return *outs, *narrow  # as an output, what is saved is no constant to a second backward
 
@@ -221,7 +221,7 @@ class _Fused(Function):
         x, rows, cols, *rest = ctx.saved_tensors
         tensors, outs, narrow = rest[: EACH * n], rest[EACH * n : EACH * n + n], rest[EACH * n + n :]
         rights, keep = tensors[2::EACH], _keep(rows, cols, dropout)
-        seen = x if keep is None or x is None else torch.where(keep, x, 0)
+        seen = torch.where(keep, x, 0) if ctx.read and keep is not None else x
         narrow = narrow or _narrow(seen, rights)
         flat = _rows if rights[0].dim() == 2 else Tensor.contiguous
         found: list[Tensor | None] = [None] * (4 + EACH * n)
@@ -229,12 +229,12 @@ class _Fused(Function):
         backs, wide = [], []
         onto = grads[n:] or (None,) * n  # in a second backward, of the saved intermediates
         used = [grads[i] is not None or onto[i] is not None for i in range(n)]
-        for i, (g, h) in enumerate(zip(grads[:n], narrow, strict=True)):
+        for i, (g, more, h) in enumerate(zip(grads[:n], onto, narrow, strict=True)):
             frozen, scale, _ = fixed[i]
             weight, left, _, magnitude, norm = tensors[EACH * i : EACH * i + EACH]
             at = 4 + EACH * i
             if g is None:
-                backs.append(torch.zeros_like(h) if onto[i] is None else onto[i])
+                backs.append(torch.zeros_like(h) if more is None else more)
                 continue
             if magnitude is not None:
                 if outs[i] is None:
@@ -244,7 +244,7 @@ class _Fused(Function):
                     found[at + 3] = _over_tokens(g * outs[i], norm) / _nonzero(magnitude)
                 g = _scaled_rows(g, magnitude, norm)
             back = _times(scale, g @ _cast(left, g))
-            backs.append(back if onto[i] is None else back + onto[i])
+            backs.append(back if more is None else back + more)
             g = flat(g)
             if needs[at + 1]:
                 found[at + 1] = _times(scale, _cast(g.mT @ flat(h), left))
