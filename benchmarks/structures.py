@@ -98,8 +98,9 @@ def row(name: str, rounds: int) -> dict[str, Any]:
     other = theirs(adapter)
     if other is not None:
         x = torch.randn(4, WIDTH)
-        with torch.no_grad():
-            far, near = (other(x) - layer()(x)).abs().max(), (other(x) - model(x)).abs().max()
+        with torch.no_grad():  # in evaluation mode, since some draw while training
+            far, near = (other.eval()(x) - layer()(x)).abs().max(), (other(x) - model.eval()(x)).abs().max()
+        model.train(), other.train()
         assert near <= 1e-3 * far, f"{name}: PEFT's outputs differ from ours by {near / far:.1e} of the update"
         variants["peft"] = stepper(other)
     seen = measure(variants, rounds)
