@@ -100,7 +100,8 @@ def row(name: str, rounds: int) -> dict[str, Any]:
         x = torch.randn(4, WIDTH)
         with torch.no_grad():  # in evaluation mode, since some draw while training
             far, near = (other.eval()(x) - layer()(x)).abs().max(), (other(x) - model.eval()(x)).abs().max()
-        model.train(), other.train()
+        model.train()
+        other.train()
         assert near <= 1e-3 * far, f"{name}: PEFT's outputs differ from ours by {near / far:.1e} of the update"
         variants["peft"] = stepper(other)
     seen = measure(variants, rounds)
