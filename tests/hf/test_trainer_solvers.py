@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from trainer_models import adapted, arguments, equal, rows, values
 
@@ -25,7 +27,8 @@ def test_accumulation_clipping_and_a_schedule(tmp_path, method):
         )
         trainer = rw.hf.Trainer(model, args, train_dataset=rows())
         trainer.train()
-        optimizer = trainer.optimizer.optimizer  # type: ignore[union-attr]  (accelerate's wrapper)
+        wrapped: Any = trainer.optimizer  # accelerate's
+        optimizer = wrapped.optimizer
         assert optimizer.param_groups[0]["lr"] == 0.0
         after = values(adapter)
         assert not any(equal({n: before[n]}, {n: after[n]}) for n, p in adapter.named_parameters(trainable=True))

@@ -250,8 +250,8 @@ class HardConcrete(Weighed):
 
     Attributes:
         rank: r.
-        alpha: numerator of the scale; None for a scale of 1.
-        scale_rule: "alpha/r" or "alpha/sqrt(r)".
+        alpha: as in Gated.
+        scale_rule: as in Gated.
     """
 
     traits = Ranked.traits | {"samples", "hard_concrete"}
@@ -272,8 +272,8 @@ class Selection(Weighed):
 
     Attributes:
         rank: r.
-        alpha: numerator of the scale; None for a scale of 1.
-        scale_rule: "alpha/r" or "alpha/sqrt(r)".
+        alpha: as in Gated.
+        scale_rule: as in Gated.
     """
 
     traits = Ranked.traits - {"lowrank"} | {"selection"}
