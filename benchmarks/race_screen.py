@@ -1,12 +1,13 @@
 """Our own race: ``python -m benchmarks.race_screen FOLDER [--quick]``; every run is kept in FOLDER/ledger.jsonl.
 
-1. Screen: every method on a language model of 260,000 parameters that is kept outside of the repository (four rates by
-   successive halving, two seeds), on Shakespeare.
-2. Finals: the best six, LoRA (twice) and full fine-tuning on the embedded model, on two domains, three paired seeds.
+1. Screen: every method on a language model of 260,000 parameters that is kept outside of the repository, on
+   Shakespeare: four rates by successive halving, then the best one's two neighbours, three new seeds.
+2. Finals: the best six, LoRA (twice) and full fine-tuning on the embedded model, on two domains, three new seeds.
 
-With ``--later`` only methods that docs/race.json has no verdict of are screened, beside LoRA (twice) and full, without
-finals. Each race is written as FOLDER/NAME/race.json and race.png. An interrupted race goes on where it was. With
-``--publish`` nothing is run: the races in FOLDER become docs/race.json, docs/our-race.md and pictures.
+With ``--only`` these methods are screened, beside LoRA (twice) and full, without finals: to share the work between
+processes, or for what came later. Each race is written as FOLDER/NAME/race.json and race.png. An interrupted race goes
+on where it was. With ``--publish`` nothing is run: the races in FOLDER become docs/race.json, docs/our-race.md and
+pictures; rows that only docs/race.json has stay where LoRA has the same losses in both.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import argparse
 import json
 import math
 import os
-import shutil
 import struct
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ SPECIALS = ("<unk>", "<s>", "</s>")
 # plans whose defaults are for runs of thousands of steps: what counts steps, in tenths of a run
 SHORT = {"adalora": ("steps", 10), "delta_lora": ("start", 1), "reflora": ("warmup", 1), "reflora_s": ("warmup", 1)}
 SHORT |= dict.fromkeys(("cola_chain", "periodic_lora", "relora"), ("every", 3))
-SHORT |= dict.fromkeys(("xgblora", "apollo_mini", "loro"), ("every", 1))
+SHORT |= dict.fromkeys(("xgblora", "apollo_mini", "loro", "prilora"), ("every", 1))
 NARROW = dict.fromkeys(("apollo", "fira", "flora_opt", "galore"), ("every", 1))  # of rank 128, in a model of width 64
 
 
@@ -133,13 +134,7 @@ def texts(folder: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def raced() -> set[str]:
-    """The methods that the manual has a verdict of, by its first screen."""
-    rows = json.loads((DOCS / "race.json").read_text())["rows"]
-    return {row["method"].split("(")[0] for row in rows if row["verdict"]}
-
-
-def main(folder: Path, steps: tuple[int, int], finalists: int, later: bool) -> None:
+def main(folder: Path, steps: tuple[int, int], finalists: int, only: list[str] | None, domains: list[str]) -> None:
     """Screen, then finals; each race is written when it is done."""
     from rankwise.hf.run import Run
     from rankwise.methods import catalogue
@@ -184,49 +179,74 @@ def main(folder: Path, steps: tuple[int, int], finalists: int, later: bool) -> N
     said |= {name: f"({key}={count * tenth}, rank=16)" for name, (key, count) in NARROW.items()}
     said["vblora"] = "(length=4)"  # divides the widths, 64 and 172
     said["nola"] = "(bases=64)"  # of its 1,024 a step draws all anew, in two seconds here
-    known = {REFERENCE, *(raced() if later else ())}
-    methods = [name + said.get(name, "") for name in catalogue() if name not in known]
-    if later:
-        run("later", str(small), "shakespeare", methods, 2, steps[0], 4.0)
+    wanted = catalogue() if only is None else only
+    methods = [name + said.get(name, "") for name in wanted if name != REFERENCE]
+    screened = run("screen", str(small), "shakespeare", methods, 3, steps[0], 4.0)
+    if only is not None:
         return
-    screened = run("screen", str(small), "shakespeare", methods, 2, steps[0], 4.0)
     best = [row.method for row in screened.rows if row.method in methods and row.verdict][:finalists]
     say(f"finals: {', '.join(best)}, {REFERENCE}, {AGAIN}, full")
-    for domain in files:
+    for domain in domains:
         run(domain, "embedded", domain, best, 3, steps[1], 1.0, base_text=files[domain]["own"])
 
 
 FINALS = {"shakespeare": "Finals on Shakespeare", "german": "Finals on German"}
-TITLES = {"screen": "Screen", "later": "Screen of what came later", **FINALS}
+TITLES = {"screen": "Screen", **FINALS}
 LINE = "| {method} | {lr:.2g}{edge} | {parameters:,} | {loss:.4f} | {share} | {word} |"
 COLUMNS = "| method | rate | parameters | loss | better by | verdict |\n|---|--:|--:|--:|---|---|\n"
 
 
+def published(file: Path) -> dict[str, Any]:
+    """A race as the manual keeps it: without the places of files."""
+    told = json.loads(file.read_text())
+    for row in told["rows"]:
+        run = row.pop("run")
+        row |= {"lr": run["lr"], "rank": run["rank"], "options": run["options"]}
+    return told
+
+
+def joined(kept: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """A race with the rows that only an earlier one has, judged anew, where LoRA and full came out the same in both."""
+    from rankwise.select.race import AGAIN, REFERENCE, judged
+
+    new, old = ({row["method"]: row for row in told["rows"]} for told in (made, kept))
+    if any(new[name]["losses"] != old[name]["losses"] for name in (REFERENCE, AGAIN, "full")):
+        return made
+    rows = old | new
+    losses = {name: [math.inf if x is None else x for x in row["losses"]] for name, row in rows.items()}
+    verdicts = judged(losses, made["gain"], made["margin"])
+    for name, row in rows.items():
+        if name in verdicts:
+            row |= {"verdict": asdict(verdicts[name]), "word": verdicts[name].word}
+    return {**made, "rows": sorted(rows.values(), key=lambda row: math.inf if row["loss"] is None else row["loss"])}
+
+
 def publish(folder: Path) -> None:
-    """The races of a folder as the manual's page, without the places of files."""
-    pages, kept = [], {}
+    """The races of a folder as the manual's page."""
+    from rankwise.hf.plots import differences
+
+    pages, kept = [], json.loads((DOCS / "race.json").read_text())
+    kept = {**kept.pop("finals"), "screen": kept}
     for name, title in TITLES.items():
         file = folder / name / "race.json"
-        if not file.exists():
-            continue
-        told = json.loads(file.read_text())
-        lines = []
+        told = kept[name] = joined(kept[name], published(file)) if file.exists() else kept[name]
+        lines, bars = [], []
         for row in told["rows"]:
-            run, verdict = row.pop("run"), row["verdict"]
-            row |= {"lr": run["lr"], "rank": run["rank"], "options": run["options"]}
-            spread = verdict and "{difference:+.1%} [{low:+.1%}, {high:+.1%}]".format(**verdict)
+            spread = ""
+            if v := row["verdict"]:
+                spread = f"{v['difference']:+.1%} [{v['low']:+.1%}, {v['high']:+.1%}]"
+                bars.append((row["method"], v["difference"], v["low"], v["high"], v["word"]))
             loss = math.inf if row["loss"] is None else row["loss"]
-            said = {**row, "loss": loss, "edge": "*" * row["edge"], "share": spread or ""}
-            lines.append(LINE.format(**said))
-        kept[name] = told
-        shutil.copy(file.with_name("race.png"), DOCS / "img" / f"race-{name}.png")
+            lines.append(LINE.format(**{**row, "loss": loss, "edge": "*" * row["edge"], "share": spread}))
+        picture = DOCS / "img" / f"race-{name}.png"
+        differences(bars, told["margin"], picture, f"{len(told['seeds'])} seeds, tuned LoRA = 0")
         facts = f"Base {told['base']:.4f}; full fine-tuning gains {told['gain']:.4f} nats; {len(told['seeds'])} seeds."
-        picture = f"![Differences to tuned LoRA with intervals](img/race-{name}.png)"
-        pages.append(f"## {title}\n\n{facts}\n\n{COLUMNS}" + "\n".join(lines) + f"\n\n{picture}\n")
+        shown = f"![Differences to tuned LoRA with intervals](img/{picture.name})"
+        pages.append(f"## {title}\n\n{facts}\n\n{COLUMNS}" + "\n".join(lines) + f"\n\n{shown}\n")
     head = (DOCS / "our-race.md").read_text().split("## ")[0]
     (DOCS / "our-race.md").write_text(head + "\n".join(pages))
-    told = {"finals": {name: kept.pop(name) for name in FINALS if name in kept}, **kept}
-    (DOCS / "race.json").write_text(json.dumps(told.pop("screen") | told, indent=1) + "\n")
+    told = {**kept.pop("screen"), "finals": kept}
+    (DOCS / "race.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -237,10 +257,11 @@ if __name__ == "__main__":
     )
     parser.add_argument("--finalists", type=int, default=6)
     parser.add_argument("--publish", action="store_true", help="write the manual's page from the races in FOLDER")
-    parser.add_argument("--later", action="store_true", help="screen what the manual has no verdict of")
+    parser.add_argument("--only", nargs="+", help="screen these methods, without finals")
+    parser.add_argument("--domains", nargs="+", choices=FINALS, default=[*FINALS], help="of the finals")
     options = parser.parse_args()
     if options.publish:
         publish(options.folder)
         sys.exit()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    main(options.folder, tuple(options.steps), options.finalists, options.later)
+    main(options.folder, tuple(options.steps), options.finalists, options.only, options.domains)

@@ -149,12 +149,12 @@ def test_tune_writes_the_run_that_finetune_takes(rankwise, tiny, files, trained,
     done = rankwise(*command, "--write", "best.yaml", "--json")
     assert done.code == 0, done.err
     found = done.json
-    assert len(found["trials"]) == len(trained) == 2 * (3 + 2 + 1)
+    assert len(found["trials"]) == len(trained) == 2 * (3 + 2 + 1) + 2
     last = [trial for trial in found["trials"] if trial["share"] == 1]
     assert found["loss"] == min(trial["loss"] for trial in last)
     run = yaml.safe_load((tmp_path / "best.yaml").read_text())
     assert (run["lr"], run["steps"], run["rank"]) == (found["lr"], 8, 2)
-    assert rankwise(*command).code == 0 and len(trained) == 12
+    assert rankwise(*command).code == 0 and len(trained) == 14
     done = rankwise("finetune", "best.yaml", "out=made", "--json")
     assert done.json["after"]["loss"] == pytest.approx(found["loss"])
 
@@ -184,20 +184,20 @@ def test_a_race_from_end_to_end(rankwise, tiny, files, trained, tmp_path):
     assert done.code == 0 and "lora again" in done.out and not trained, done.err
     done = rankwise(*command, "--json")
     assert done.code == 0, done.err
-    assert len(trained) == 4 * (2 + 2 + 2)  # methods x (tuning + finals + finals with noise)
+    assert len(trained) == 4 * (4 + 2 + 2)  # methods x (tuning + finals + finals with noise)
     found = done.json
     assert found == json.loads((tmp_path / "race" / "race.json").read_text())
     by = {row["method"]: row for row in found["rows"]}
     assert set(by) == {"lora", "lora again", "dora", "full"} and by["lora"]["word"] == "reference"
     assert {row["word"] for row in found["rows"]} <= {"reference", "better", "worse", "tie", "unresolved"}
-    assert {row["tuning_steps"] for row in found["rows"]} == {2 * 6} and found["seeds"] == [1, 2]
+    assert {row["tuning_steps"] for row in found["rows"]} == {4 * 6} and found["seeds"] == [1, 2]
     assert found["gain"] == pytest.approx(found["base"] - by["full"]["loss"])
     share = (by["lora"]["loss"] - by["dora"]["loss"]) / found["gain"]
     assert by["dora"]["verdict"]["difference"] == pytest.approx(share)
     assert all("noise" in row["robust"] for row in found["rows"])
     assert (tmp_path / "race" / "race.png").read_bytes().startswith(b"\x89PNG")
     done = rankwise(*command)
-    assert done.code == 0 and len(trained) == 24 and "Holm" in done.out  # all of it from the ledger
+    assert done.code == 0 and len(trained) == 32 and "Holm" in done.out  # all of it from the ledger
 
 
 @pytest.mark.parametrize(

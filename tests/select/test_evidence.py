@@ -6,7 +6,7 @@ import random
 import pytest
 
 from rankwise.errors import DataError
-from rankwise.select.evidence import adjusted, compare, holm, tail, two_sided
+from rankwise.select.evidence import _prior, adjusted, compare, compare_all, holm, tail, two_sided
 
 # Two-sided 5 % and 1 % points of Student's t, as every table prints them.
 TABLE = {1: (12.706, 63.657), 2: (4.303, 9.925), 3: (3.182, 5.841), 4: (2.776, 4.604), 5: (2.571, 4.032)}
@@ -116,6 +116,88 @@ def test_pairs_that_all_differ_alike_leave_no_doubt():
     found = compare([1.0, 2.0], [1.5, 2.5], gain=1.0)
     assert (found.word, found.pvalue) == ("better", 0.0)
     assert (found.low, found.high) == (0.5, 0.5)
+
+
+# -- many methods together ----------------------------------------------------------------------
+
+
+def field(rng: random.Random, methods: int, seeds: int, spread: float, noisy: float = 0.0) -> dict[str, list[float]]:
+    """Methods that are all alike but for their noise: log-normal in size, or twenty times as large here and there."""
+    shared = [rng.gauss(3.0, 0.5) for _ in range(seeds)]
+    sizes = [math.exp(rng.gauss(0, spread)) * (20 if rng.random() < noisy else 1) for _ in range(methods)]
+    sizes[1] = sizes[0]  # the twin
+    return {str(i): [s + 0.01 * size * rng.gauss(0, 1) for s in shared] for i, size in enumerate(sizes)}
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds", "spread", "noisy", "covered", "wrong"),
+    [
+        (60, 2, 0.0, 0.0, 0.96, 0.05),
+        (60, 2, 0.7, 0.0, 0.94, 0.15),  # over the promise: two seeds do not tell who is noisy
+        (60, 3, 0.7, 0.0, 0.94, 0.10),
+        (60, 3, 0.0, 0.05, 0.94, 0.10),
+        (9, 3, 0.7, 0.0, 0.93, 0.10),
+    ],
+)
+def test_intervals_of_many_methods_cover_and_few_alike_ones_are_told_apart(
+    methods, seeds, spread, noisy, covered, wrong
+):
+    rng, draws = random.Random(methods + seeds), 150
+    inside, told, narrower = 0, 0, []
+    for _ in range(draws):
+        losses = field(rng, methods, seeds, spread, noisy)
+        found = compare_all(losses, "0", "1", gain=1.0, margin=0.0)
+        inside += sum(v.low <= 0 <= v.high for v in found.values())
+        told += any(v.word in ("better", "worse") for v in holm([*found.values()]))
+        alone = {name: compare(losses[name], losses["0"], 1.0) for name in found}
+        narrower += [(found[n].high - found[n].low) / (alone[n].high - alone[n].low) for n in found]
+    assert inside / draws / (methods - 1) >= covered
+    assert told / draws <= wrong
+    assert sorted(narrower)[len(narrower) // 2] < {2: 0.4, 3: 0.9}[seeds]
+
+
+def test_what_few_seeds_agree_on_by_accident_is_not_certain():
+    rng = random.Random(3)
+    losses = field(rng, 20, 2, 0.0)
+    losses["5"] = [loss - 0.025 for loss in losses["0"]]
+    assert compare(losses["5"], losses["0"], 1.0).pvalue < 1e-9
+    assert compare_all(losses, "0", "1", 1.0)["5"].pvalue > 0.01
+
+
+def test_a_method_that_is_noisy_itself_stays_so():
+    losses = field(random.Random(4), 20, 3, 0.0)
+    losses["7"] = [loss + 0.5 * k for k, loss in enumerate(losses["7"])]
+    found = compare_all(losses, "0", "1", 1.0)
+    alone = compare(losses["7"], losses["0"], 1.0)
+    assert found["7"].high - found["7"].low > 0.5 * (alone.high - alone.low)
+    assert found["8"].high - found["8"].low < 0.2 * (found["7"].high - found["7"].low)
+
+
+def test_the_noisier_of_the_reference_and_its_twin_counts():
+    losses = field(random.Random(5), 20, 3, 0.0)
+    before = compare_all(losses, "0", "1", 1.0)["2"]
+    losses["1"] = [loss + 0.3 * k for k, loss in enumerate(losses["1"])]
+    after = compare_all(losses, "0", "1", 1.0)["2"]
+    assert after.high - after.low > 5 * (before.high - before.low)
+
+
+def test_few_methods_or_one_seed_are_compared_alone():
+    losses = field(random.Random(6), 7, 3, 0.0)
+    assert compare_all(losses, "0", "1", 2.0) == {n: compare(losses[n], losses["0"], 2.0) for n in "123456"}
+    assert compare_all({n: one[:1] for n, one in losses.items()}, "0", "1", 2.0)["3"].word == "unresolved"
+    with pytest.raises(DataError, match="in pairs"):
+        compare_all({**losses, "3": [1.0]}, "0", "1", 2.0)
+
+
+def test_a_prior_of_variances_is_found_again():
+    """Scaled inverse chi-square of 4 degrees of freedom around 2, seen with 3: Smyth's model itself."""
+    rng = random.Random(7)
+    chi = lambda freedom: rng.gammavariate(freedom / 2, 2.0)  # noqa: E731
+    seen = [2.0 * 4 / chi(4) * chi(3) / 3 for _ in range(4000)]
+    freedom, scale = _prior(seen, 3)
+    assert freedom == pytest.approx(4, rel=0.15) and scale == pytest.approx(2.0, rel=0.08)
+    freedom, scale = _prior([chi(3) / 3 for _ in range(4000)], 3)
+    assert freedom > 50 and scale == pytest.approx(1.0, rel=0.05)
 
 
 def test_holm_by_hand():

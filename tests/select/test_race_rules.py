@@ -60,15 +60,15 @@ def test_planted_winners_losers_and_ties_are_found(tmp_path):
         "full": "better", "dora": "better", "rslora": "tie", "lora": "reference", AGAIN: "tie", "pissa": "worse",
     }  # fmt: skip
     dora = next(row for row in found.rows if row.method == "dora")
-    assert dora.verdict.difference == pytest.approx(0.3 / 3.4, rel=0.05)
-    assert found.gain == pytest.approx(3.4, abs=0.02)
+    assert dora.verdict.difference == pytest.approx(0.3 / 3.5, rel=0.05)
+    assert found.gain == pytest.approx(3.5, abs=0.02)
     assert [sum(row.losses) for row in found.rows] == sorted(sum(row.losses) for row in found.rows)
 
 
 def test_every_method_is_tuned_with_the_same_steps_and_runs(tmp_path):
     ledger = Made(tmp_path / "l", {"full": -0.5})
     found = race(RUN, ["dora", "oft"], ledger, seeds=2, tuning=Tuning(rates=5, brackets=2, seeds=2))
-    assert {row.tuning_steps for row in found.rows} == {2 * 2 * (5 * 25 + 3 * 50 + 2 * 100)}
+    assert {row.tuning_steps for row in found.rows} == {2 * 2 * (5 * 25 + 3 * 50 + 2 * 100) + 2 * 2 * 100}
     named = {}
     for run in ledger.runs:
         named.setdefault((run.method, run.init_seed is None), []).append((run.steps, run.seed))
@@ -80,10 +80,39 @@ def test_every_method_is_tuned_with_the_same_steps_and_runs(tmp_path):
 def test_halving_keeps_the_better_half_and_starts_on_a_grid(tmp_path):
     found = tune(replace(RUN, lr=1e-3), Made(tmp_path / "l", {}, noise=1e-9), Tuning(rates=4, span=64))
     assert [trial.lr for trial in found.trials[:4]] == pytest.approx([1e-3 / 8, 1e-3 / 2, 2e-3, 8e-3])
-    assert [trial.share for trial in found.trials] == [0.25] * 4 + [0.5] * 2 + [1.0]
+    assert [trial.share for trial in found.trials] == [0.25] * 4 + [0.5] * 2 + [1.0] * 3
     losses = {trial.lr: trial.loss for trial in found.trials[:4]}
     assert {trial.lr for trial in found.trials[4:6]} == set(sorted(losses, key=losses.__getitem__)[:2])
-    assert found.run.lr == found.trials[-1].lr
+    best = found.trials[6].lr  # its neighbours are half a step of the grid away
+    assert [trial.lr for trial in found.trials[7:]] == pytest.approx([best / 2, best * 2])
+    assert found.run.lr == best == pytest.approx(2e-3)
+
+
+def test_a_rate_is_looked_for_nearer_each_time(tmp_path):
+    """The loss is a parabola in the rate's logarithm around 2.9e-3."""
+
+    class Bowl(Made):
+        def done(self, run, measures=None):
+            entry = super().done(run)
+            return replace(entry, scores={**entry.scores, "after": {"loss": math.log2(run.lr / 2.9e-3) ** 2}})
+
+    for refinements, near in ((0, 2.0), (1, 1.5), (2, 1.2), (3, 1.1)):
+        how = Tuning(refinements=refinements)
+        found = tune(replace(RUN, lr=1e-3), Bowl(tmp_path / "l", {}), how)
+        (best,) = {trial.lr for trial in found.trials if trial.loss == found.loss}
+        assert best == found.run.lr and 1 / near < best / 2.9e-3 < near and not found.edge
+        assert len(found.trials) == 7 + 2 * refinements and how.cost() == 3 + 2 * refinements
+
+
+def test_lora_again_chooses_among_rates_between_loras(tmp_path):
+    ledger = Made(tmp_path / "l", {"full": -0.5}, noise=1e-9)
+    race(RUN, [], ledger, seeds=1)
+    mine, again = (
+        sorted({run.lr for run in ledger.runs if run.method == "lora" and (run.init_seed is None) == own})
+        for own in (True, False)
+    )
+    assert len(mine) == len(again)
+    assert all(b / a == pytest.approx(math.sqrt(2), rel=1e-6) for a, b in zip(mine, again, strict=True))
 
 
 def test_proposals_repeat_for_a_seed(tmp_path):
@@ -185,7 +214,7 @@ def test_a_rank_that_does_not_fit_is_matched_all_the_same():
 
 def test_a_range_lies_around_its_centre(tmp_path):
     made = Made(tmp_path / "l", {})
-    found = tune(replace(RUN, validation=0.1, lr=1e-3), made, Tuning(rates=3, span=16, centre=4))
+    found = tune(replace(RUN, validation=0.1, lr=1e-3), made, Tuning(rates=3, span=16, centre=4, refinements=0))
     assert sorted({trial.lr for trial in found.trials}) == pytest.approx([1e-3, 4e-3, 1.6e-2])
 
 
@@ -214,7 +243,7 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path):
             race(RUN, ["dora"], ledger, **given)
     with pytest.raises(DataError, match="validation"):
         tune(replace(RUN, validation=None), ledger)
-    for values in ({"rates": 0}, {"span": 1.0}, {"rungs": (1.0, 0.5)}, {"rungs": ()}):
+    for values in ({"rates": 0}, {"span": 1.0}, {"rungs": (1.0, 0.5)}, {"rungs": ()}, {"refinements": -1}):
         with pytest.raises(DataError, match="rungs"):
             Tuning(**values)
     with pytest.raises(IncompatibleAxes, match="full"):

@@ -37,6 +37,7 @@ def race(
     span: tuning.Span = 64.0,
     rungs: tuning.Rungs = "0.25,0.5,1",
     brackets: tuning.Brackets = 1,
+    refinements: tuning.Refinements = 1,
     tune_seeds: tuning.TuneSeeds = 1,
     ledger: tuning.LedgerFile = Path("ledger.jsonl"),
     dry_run: tuning.DryRun = False,
@@ -56,7 +57,8 @@ def race(
     from rankwise.select.race import Checks, arms
     from rankwise.select.race import race as run_race
 
-    run, how = common.asked(model, rest or (), given), tuning.settings(rates, span, rungs, brackets, tune_seeds)
+    run = common.asked(model, rest or (), given)
+    how = tuning.settings(rates, span, rungs, brackets, refinements, tune_seeds)
     chosen = list(catalogue()) if methods == "all" else re.findall(r"[^,()]+(?:\([^()]*\))?", methods)
     if dry_run:
         found = {name: {"rank": one.rank or "", **sizes(one)} for name, one in arms(run, chosen, match).items()}
@@ -94,7 +96,7 @@ def screen(made: Any) -> tuple[Any, ...]:
         extra = (f"{row.robust[name]:+.3f}" if name in row.robust else "" for name in checks)
         rows.append((*cells, f"{fmean(row.losses):.4f}", share, row.word, *extra))
     columns = ("method", "rate", "parameters", "file", "seconds", "loss", "better by", "verdict", *checks)
-    edge = " A rate with * is an end of its range." if any(row.edge for row in made.rows) else ""
+    edge = " A rate with * is an end of what was tried." if any(row.edge for row in made.rows) else ""
     return (
         common.table(columns, rows),
         f"Base {made.base:.4f}; full fine-tuning gains {made.gain:.4f} nats, the unit of the differences to tuned "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -13,13 +13,13 @@ from rankwise.errors import DataError, TrainingError
 from rankwise.hf import data
 from rankwise.hf.method import FULL, spoken
 from rankwise.hf.run import Run
-from rankwise.select.evidence import Verdict, compare, holm
+from rankwise.select.evidence import Verdict, compare_all, holm
 from rankwise.select.ledger import Entry, Ledger, code
 from rankwise.select.matching import matched, sizes
 from rankwise.select.robustness import measures, noisy
 from rankwise.select.tune import ONCE, Tuned, Tuning, searched, tune
 
-__all__ = ["AGAIN", "REFERENCE", "Checks", "Race", "Row", "arms", "race"]
+__all__ = ["AGAIN", "REFERENCE", "Checks", "Race", "Row", "arms", "judged", "race"]
 
 REFERENCE, AGAIN = "lora", "lora again"
 MATCHES = ("params", "seconds", "bytes")
@@ -50,7 +50,7 @@ class Row:
     Attributes:
         method: its name.
         run: its run, at its rate.
-        edge: whether that rate is an end of the range that was searched.
+        edge: whether that rate is the lowest or the highest that was tried.
         steps: of a final run.
         parameters: trained ones.
         bytes: of the adapter's file.
@@ -124,8 +124,8 @@ NONE = Checks()
 def arms(run: Run, methods: Sequence[str], match: str | None = None) -> dict[str, Run]:
     """The runs of a race by name, LoRA, LoRA again and full fine-tuning among them; nothing is trained.
 
-    "lora again" is LoRA with other random starts and a tuning of its own, under the same order of the data: a race that
-    calls it better or worse cannot be trusted.
+    "lora again" is LoRA with other random starts and a tuning of its own, over rates that lie between LoRA's, under the
+    same order of the data: a race that calls it better or worse cannot be trusted.
 
     Args:
         run: model, data and settings for all.
@@ -182,8 +182,8 @@ def race(
     """Race methods against tuned LoRA.
 
     Every method has its rate tuned with equally many runs and steps. The final runs have new seeds; those of one seed
-    see the same examples in the same order, and are compared in pairs. Differences are shares of what full fine-tuning
-    gains; verdicts are Holm-corrected, see :mod:`rankwise.select.evidence`.
+    see the same examples in the same order. Differences are shares of what full fine-tuning gains; verdicts are
+    Holm-corrected, see :func:`rankwise.select.evidence.compare_all`.
 
     Args:
         run: model, data and settings for all; its method's axes are not used.
@@ -215,7 +215,11 @@ def race(
     for other in (test, run.validation):
         _apart(run.data, other)
     needed = (REFERENCE, FULL)  # without which nothing is said; any other method may fail
-    tuned = {name: (tune if name in needed else searched)(one, ledger, tuning, say) for name, one in runs.items()}
+    how = {AGAIN: tuning.between()}
+    tuned = {
+        name: (tune if name in needed else searched)(one, ledger, how.get(name, tuning), say)
+        for name, one in runs.items()
+    }
     finals = {name: replace(found.run, validation=test or run.validation) for name, found in tuned.items()}
     if match == "seconds":
         steps = {name: _steps(found, tuned[REFERENCE], tuning) for name, found in tuned.items()}
@@ -256,9 +260,7 @@ def _judged(
             f"Differences are shares of what full fine-tuning gains; it gained {gain:.4f} nats over a base at "
             f"{base:.4f}. Give more steps, more data, or other rates."
         )
-    running = [name for name in losses if name != REFERENCE and all(map(math.isfinite, losses[name]))]
-    verdicts = [compare(losses[name], losses[REFERENCE], gain, margin) for name in running]
-    said = dict(zip(running, holm(verdicts), strict=True))
+    said = judged(losses, gain, margin)
     rows = [
         Row(
             name,
@@ -277,6 +279,23 @@ def _judged(
     ]
     rows.sort(key=lambda row: fmean(row.losses))
     return Race(tuple(rows), base, gain, seeds, match, margin, code())
+
+
+def judged(losses: Mapping[str, Sequence[float]], gain: float, margin: float) -> dict[str, Verdict]:
+    """The verdict of each method but LoRA whose runs did not fail, corrected for their number.
+
+    Args:
+        losses: of each method, one a seed; LoRA and LoRA again among them.
+        gain: full fine-tuning's.
+        margin: the difference that matters, as a share of the gain.
+
+    Returns:
+        By name.
+    """
+    sound = {name: own for name, own in losses.items() if all(map(math.isfinite, own))}
+    twin = AGAIN if AGAIN in sound else REFERENCE
+    found = compare_all(sound, REFERENCE, twin, gain, margin)
+    return dict(zip(found, holm([*found.values()]), strict=True))
 
 
 def _robust(entries: Sequence[Entry], rise: Sequence[float]) -> dict[str, float]:

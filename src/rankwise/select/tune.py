@@ -26,7 +26,8 @@ class Tuning:
 
     Each bracket begins with ``rates`` rates; the better half of them goes on to the next rung. **A rung is a run of its
     own**, from the start, its schedule scaled to its own length: no rung is a longer run that was stopped, so each loss
-    is that of a finished schedule, and every run can be taken from the ledger.
+    is that of a finished schedule, and every run can be taken from the ledger. At the end the rates on both sides of
+    the best are tried at full length, nearer each time.
 
     Attributes:
         rates: in each bracket.
@@ -36,6 +37,7 @@ class Tuning:
         seeds: runs for each rate and rung, over which losses are averaged.
         centre: the middle of the range, in units of the method's own rate: above 1 for models far narrower than those
             that the catalogue's rates are for.
+        refinements: how often the best rate's two neighbours are tried: half a step of the grid away, then a quarter.
     """
 
     rates: int = 4
@@ -44,15 +46,25 @@ class Tuning:
     brackets: int = 1
     seeds: int = 1
     centre: float = 1.0
+    refinements: int = 1
 
     def __post_init__(self) -> None:
         whole = min(self.rates, self.brackets, self.seeds) >= 1
         rise = bool(self.rungs) and sorted({*self.rungs}) == [*self.rungs] and self.rungs[0] > 0
-        if not (whole and rise and self.span > 1 and self.centre > 0):
+        if not (whole and rise and self.span > 1 and self.centre > 0 and self.refinements >= 0):
             raise DataError(
-                f"Rates, brackets and seeds are at least 1, a span is above 1, a centre above 0, rungs rise; found "
-                f"{self}."
+                f"Rates, brackets and seeds are at least 1, a span is above 1, a centre above 0, refinements at least "
+                f"0, rungs rise; found {self}."
             )
+
+    @property
+    def step(self) -> float:
+        """The ratio of two neighbours on the grid."""
+        return self.span ** (1 / max(self.rates - 1, 1))
+
+    def between(self) -> Tuning:
+        """The same over rates that lie between those that this may choose from, as far from both."""
+        return replace(self, centre=self.centre * self.step ** (0.5 ** (self.refinements + 1)))
 
     def counts(self) -> list[int]:
         """How many rates there are at each rung."""
@@ -61,7 +73,7 @@ class Tuning:
     def cost(self) -> float:
         """What tuning one method costs, in runs of full length."""
         once = sum(count * share for count, share in zip(self.counts(), self.rungs, strict=True))
-        return self.brackets * self.seeds * once
+        return self.seeds * (self.brackets * once + 2 * self.refinements * self.rungs[-1])
 
 
 ONCE = Tuning()
@@ -93,7 +105,7 @@ class Tuned:
         loss: of that rate at the last rung.
         trials: all, in order.
         entries: the runs behind them.
-        edge: whether the best rate is an end of the range, so that a better one may lie outside.
+        edge: whether the best rate is the lowest or the highest that was tried, so that a better one may lie outside.
     """
 
     run: Run
@@ -159,8 +171,13 @@ def searched(run: Run, ledger: Ledger, tuning: Tuning, say: Say) -> Tuned:
         best += [(losses[number], lr) for number, lr in left.items()]
         for trial in asked:
             study.tell(trial, losses[trial.number])
+    step = tuning.step
+    for _ in range(tuning.refinements):
+        step, (_, lr) = math.sqrt(step), min(best)
+        best += [(loss_at(near, tuning.rungs[-1]), near) for near in (lr / step, lr * step)]
     loss, lr = min(best)
-    edge = not low * 1.0001 < lr < high * 0.9999
+    tried = {trial.lr for trial in trials}
+    edge = len(tried) > 1 and lr in (min(tried), max(tried))
     return Tuned(replace(run, lr=lr), loss, tuple(trials), tuple(entries), edge)
 
 
