@@ -46,7 +46,7 @@ def bases(w, f, o):
     s = 20.0 if o["alpha"] is None else o["alpha"] / o["rank"]
     wide = w.shape[1] > w.shape[0]
     g = f["g_out"] if wide else f["g_in"]
-    delta = sum(f["basis_b"][i] @ np.diag(f["l"][i]) @ f["basis_a"] @ np.diag(g[i]) for i in range(len(g)))
+    delta = sum(f["basis_b"][:, i] @ np.diag(f["l"][i]) @ f["basis_a"] @ np.diag(g[i]) for i in range(len(g)))
     return w + s * (delta.T if wide else delta)
 
 

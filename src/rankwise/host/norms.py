@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rankwise.ops import LinearOperator
+from rankwise.ops.fused import thin
 
 CANCELLED = 1e-3  # below this share of |W|^2 the three terms have cancelled, and float32 has lost the sum
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of a frozen parameter: its version, address and norms
@@ -52,7 +53,7 @@ def factored_row_norm(parameter: Tensor, w: Tensor, op: LinearOperator) -> Tenso
     base = _of_base(parameter, w)
     left, right = pair.left.to(base.dtype), pair.right.to(base.dtype)
     with torch.autocast(w.device.type, enabled=False):  # its dtype would round the norms
-        mixed = (w @ right.to(w.dtype).mT).to(base.dtype)  # W A^T
+        mixed = thin(w, right.to(w.dtype)).to(base.dtype)  # W A^T
         mixed = 2 * mixed + left @ (right @ right.mT)
     squared = base.square() + (mixed * left).sum(-1)
     found = squared.clamp_min(0).sqrt()

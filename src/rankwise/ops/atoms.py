@@ -188,20 +188,29 @@ class Sum(LinearOperator):
 
 @final
 class Kronecker(LinearOperator):
-    """``left (x) right``: (m1 n1) and (m2 n2) give (m1 m2, n1 n2), applied by reshaping."""
+    """``left (x) right``: (m1 n1) and (m2 n2) give (m1 m2, n1 n2), applied by reshaping; left is formed."""
 
     def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
         self.left, self.right = left, right
         (m1, n1), (m2, n2) = self.left.shape, self.right.shape
         self.shape = m1 * m2, n1 * n2
 
+    def _orders(self) -> dict[bool, int]:
+        """Multiply-adds a token, by whether left comes first."""
+        (m1, n1), (m2, n2), each = self.left.shape, self.right.shape, self.right.cost.apply
+        return {True: m1 * n1 * n2 + m1 * each, False: n1 * each + m1 * n1 * m2}
+
     def mv(self, x: Tensor) -> Tensor:
-        (m1, n1), (m2, n2) = self.left.shape, self.right.shape
-        lead = x.shape[:-2]  # () or (B,): tokens are folded so that the factors' batch stays in front
-        tokens = x.shape[-2]
-        y = self.right.mv(x.reshape(*lead, tokens * n1, n2)).reshape(*lead, tokens, n1, m2)
-        y = self.left.mv(y.mT.reshape(*lead, tokens * m2, n1)).reshape(*lead, tokens, m2, m1)
-        return y.mT.reshape(*lead, tokens, m1 * m2)
+        # tokens lie between the two indices: whole rows are copied, not entries, and left is one product
+        left, orders = self.left.dense().to(x.dtype), self._orders()
+        rows = x if left.dim() == 3 else x.flatten(0, -2)
+        y = rows.unflatten(-1, (left.shape[-1], -1)).transpose(-3, -2)  # (*batch, n1, T, n2)
+        for first in (True, False) if orders[True] < orders[False] else (False, True):
+            if first:
+                y = (left @ y.flatten(-2)).unflatten(-1, (rows.shape[-2], -1))
+            else:
+                y = self.right.mv(y.flatten(-3, -2)).unflatten(-2, (-1, rows.shape[-2]))
+        return y.transpose(-3, -2).reshape(*x.shape[:-1], self.shape[0])
 
     def dense(self) -> Tensor:
         a, b = self.left.dense(), self.right.dense()
@@ -217,8 +226,8 @@ class Kronecker(LinearOperator):
 
     @property
     def cost(self) -> Cost:
-        one, two, (m, n) = self.left.cost, self.right.cost, self.shape
-        return Cost(self.left.shape[1] * two.apply + self.right.shape[0] * one.apply, one.form + two.form + m * n)
+        m, n = self.shape
+        return Cost(min(self._orders().values()), self.left.cost.form + self.right.cost.form + m * n)
 
 
 @final

@@ -132,12 +132,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor, factor: Tensor) -> Tensor:
-    """x as one matrix (T, N), or one for each of a batch of factors."""
+    """Fold x into one matrix (T, N), or one for each of a batch of factors."""
     return _rows(x) if factor.dim() == 2 else x.contiguous()
 
 
-def _thin(x: Tensor, factor: Tensor) -> Tensor:
-    """``x factor^T`` (*batch, T, r).
+def thin(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply rows by a thin factor (*batch, r, N): ``x factor^T`` (*batch, T, r).
 
     Where r does not fill a CPU's vectors it lies as (r, T): so rank 8 takes a third to a half of the time.
     """
@@ -164,7 +164,7 @@ def _apart(h: Tensor, factors: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
 
 def _narrow(seen: Tensor, rights: Sequence[Tensor]) -> Sequence[Tensor]:
     """``drop(x) right^T`` of every part."""
-    return _apart(_thin(seen, _stacked(rights, seen)), rights, -1)
+    return _apart(thin(seen, _stacked(rights, seen)), rights, -1)
 
 
 def _product(x: Tensor, weight: Tensor | None, frozen: Frozen | None, onto: Tensor, scale: float) -> Tensor:
@@ -259,7 +259,7 @@ class _Fused(Function):
                 else:  # the output is m/n times that
                     found[at + 3] = _over_tokens(g * outs[i], norm) / _nonzero(magnitude)
                 g = _scaled_rows(g, magnitude, norm)
-            back = _times(scale, _thin(g, _cast(left, g).mT))
+            back = _times(scale, thin(g, _cast(left, g).mT))
             backs.append(back if more is None else back + more)
             if needs[at + 1]:  # as (r, M): g^T h takes up to eight times as long
                 found[at + 1] = _times(scale, _cast(_flat(h, left).mT @ _flat(g, left), left)).mT

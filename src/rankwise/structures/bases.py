@@ -42,7 +42,7 @@ class RandLoRA(Ranked, Additive, Begun):
         n = -(-small // r)
         return {
             "basis_a": Factor({"rank": r, "smaller": small}, Start.RANDOM, trainable=False, shared=label),
-            "basis_b": Factor({"basis": n, "larger": large, "rank": r}, Start.RANDOM, trainable=False, shared=label),
+            "basis_b": Factor({"larger": large, "basis": n, "rank": r}, Start.RANDOM, trainable=False, shared=label),
             "l": Factor({"basis": n, "rank": r}),
             f"g_{near}": Factor({"basis": n, near: small}, 1 / max(n, small)),
         }
@@ -52,8 +52,8 @@ class RandLoRA(Ranked, Additive, Begun):
 
     def operator(self, f: Factors) -> LinearOperator:
         g = f["g_in"] if "g_in" in f else f["g_out"]
-        small = f["l"].unsqueeze(-1) * f["basis_a"].unsqueeze(-3) * g.unsqueeze(-2)  # (*batch, N, r, smaller)
-        large, small = f["basis_b"].transpose(-3, -2).flatten(-2), small.flatten(-3, -2)
+        weights = f["l"].unsqueeze(-1) @ g.unsqueeze(-2)  # (*batch, N, r, smaller); its gradients are products as well
+        large, small = f["basis_b"].flatten(-2), (f["basis_a"].unsqueeze(-3) * weights).flatten(-3, -2)
         return Product(Dense(large), Dense(small)) if "g_in" in f else Product(Dense(small.mT), Dense(large.mT))
 
 

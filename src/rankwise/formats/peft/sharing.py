@@ -36,14 +36,14 @@ def _randlora(config: Mapping[str, Any], site: Site, f: dict[str, Tensor]) -> Ra
     r, (small, large) = config["r"], sorted((site.rows, site.cols))
     n = -(-small // r)
     # PEFT counts the columns of its bases by (basis, rank), and the rows that they meet by (rank, basis)
-    f["basis_b"] = f["basis_b"][:large, :n].flatten(1).unflatten(1, (r, n)).permute(2, 0, 1)
+    f["basis_b"] = f["basis_b"][:large, :n].flatten(1).unflatten(1, (r, n)).mT
     f["basis_a"], f["l"] = f["basis_a"][:, 0, :small], f["l"].mT
     f["g_in" if site.cols <= site.rows else "g_out"] = f.pop("g")
     return RandLoRA(r, float(config["randlora_alpha"]))
 
 
 def _to_randlora(s: RandLoRA, site: Site, f: dict[str, Tensor]) -> dict[str, Any]:
-    f["basis_b"] = f["basis_b"].permute(1, 2, 0).flatten(1).unflatten(1, (-1, s.rank))
+    f["basis_b"] = f["basis_b"].mT.flatten(1).unflatten(1, (-1, s.rank))
     f["basis_a"], f["l"] = f["basis_a"].unsqueeze(1), f["l"].mT
     f["g"] = f.pop("g_in" if "g_in" in f else "g_out")
     return {"r": s.rank, "randlora_alpha": s.scale * s.rank, "save_projection": True}
