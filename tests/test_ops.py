@@ -21,6 +21,7 @@ from rankwise.ops import (
     Patterned,
     Placed,
     Product,
+    Repeated,
     Scaled,
     Scattered,
     Sine,
@@ -132,6 +133,8 @@ OPERATORS: dict[str, Callable[[Batch], LinearOperator]] = {
     "sine": lambda b: Sine(low(b, 6, 2, 5)),
     "sine of dense": lambda b: Sine(d(b, 6, 5)),
     "placed": lambda b: placed(b, 4, 3, 20),
+    "repeated": lambda b: Repeated(d(b, 4, 3).matrix, 6),
+    "repeated and cut": lambda b: Repeated(d(b, 4, 3).matrix, 7),
     "placed in a product": lambda b: Product(d(b, 6, 4), Product(placed(b, 4, 3, 5), d(b, 3, 5))),
     "pairs": lambda b: Pairs(*torch.randn(2, *b, 12, dtype=torch.float64), 6),
     "butterfly": lambda b: Butterfly(torch.randn(*b, 4, 4, 4, dtype=torch.float64), 2),
@@ -163,6 +166,8 @@ LOW = {
     "hadamard",
     "product of rotations",
     "placed in a product",
+    "repeated",
+    "repeated and cut",
 }
 
 

@@ -76,10 +76,9 @@ def bounded(w, f, o):
 
 def shared(w, f, o):
     """A column after another: x is summed r apart, so that column j is the shard's j mod r."""
-    columns = [f["b"][:, j % o["rank"]] * f["across"][j] for j in range(w.shape[1])]
+    columns = [f["b"][:, j % o["rank"]] for j in range(w.shape[1])]
     shard = np.stack(columns, axis=1)
-    down = f.get("down", np.ones(len(w)))
-    return w + np.stack([shard[i % len(shard)] * down[i] for i in range(len(w))])
+    return w + np.stack([shard[i % len(shard)] for i in range(len(w))])
 
 
 def guided(w, f, o):

@@ -123,6 +123,10 @@ class Host(ABC):
         """The map of ``W + op`` by the matrix of op, None where that is not its cheapest form."""
         return None
 
+    def onto(self, y: Tensor, x: Tensor) -> Tensor | None:
+        """The frozen map of x, accumulated on y by its own product, None where there is no such product."""
+        return None
+
     @abstractmethod
     def row_norm(self, op: LinearOperator) -> Tensor:
         """Euclidean norms of the rows of ``W + op``, at least in float32: (*batch, out)."""
@@ -137,7 +141,11 @@ class Host(ABC):
         if magnitude is not None and norm is not None:
             return self.scale_rows(magnitude / norm, lambda x: self.plus(Correction(op), x), x)
         y = self.whole(op, x)
-        return self(x) + self._dropped(op, x) if y is None else y
+        if y is None:
+            update = self._dropped(op, x)
+            y = self.onto(update, x)
+            y = self(x) + update if y is None else y
+        return y
 
     @final
     def _dropped(self, op: LinearOperator, x: Tensor) -> Tensor:

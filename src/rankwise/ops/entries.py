@@ -1,8 +1,10 @@
-"""Operators that are said entry by entry: a function of another's entries, and a few entries at given places."""
+"""Operators that are said entry by entry: a function of another's entries, entries that repeat or lie at given places."""
 
 from typing import final
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rankwise.ops.operator import Cost, LinearOperator, LowRank, gradients_of
 
@@ -35,6 +37,51 @@ class Sine(LinearOperator):
     def cost(self) -> Cost:
         m, n = self.shape
         return Cost(m * n, self.op.cost.form + m * n)  # and formed at every application
+
+
+@final
+class Repeated(LinearOperator):
+    """``[B B ... B]`` (M, N), B (*batch, M, r), the last one cut, or its transpose: adds up what lies r apart first."""
+
+    def __init__(self, block: Tensor, size: int, turned: bool = False) -> None:
+        self.block, self.size, self.turned = block, size, turned
+        m = block.shape[-2]
+        self.shape = (size, m) if turned else (m, size)
+
+    def _along(self, h: Tensor) -> Tensor:
+        """Rows of r repeated to N."""
+        r = h.shape[-1]
+        return h.unsqueeze(-2).expand(*h.shape[:-1], -(-self.size // r), r).flatten(-2)[..., : self.size]
+
+    def mv(self, x: Tensor) -> Tensor:
+        block = self.block.to(x.dtype)
+        if self.turned:
+            return self._along(x @ block)
+        r = block.shape[-1]
+        whole = pad(x, (0, -self.size % r)) if self.size % r else x
+        return whole.unflatten(-1, (-1, r)).sum(-2) @ block.mT
+
+    def dense(self) -> Tensor:
+        found = self._along(self.block)
+        return found.mT if self.turned else found
+
+    @property
+    def T(self) -> LinearOperator:
+        return Repeated(self.block, self.size, not self.turned)
+
+    def lower(self) -> LowRank | None:
+        eye = torch.eye(self.block.shape[-1], dtype=self.block.dtype, device=self.block.device)
+        wide = self._along(eye).expand(*self.block.shape[:-2], -1, -1)
+        return LowRank(wide.mT, self.block.mT) if self.turned else LowRank(self.block, wide)
+
+    @property
+    def rank(self) -> int | None:
+        return self.block.shape[-1]
+
+    @property
+    def cost(self) -> Cost:
+        m, r = self.block.shape[-2:]
+        return Cost(self.size + m * r, m * self.size)
 
 
 @final

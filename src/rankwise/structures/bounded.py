@@ -10,7 +10,7 @@ from torch.linalg import vector_norm
 
 from rankwise.errors import IncompatibleAxes, RankError
 from rankwise.host import Correction, Host, Site
-from rankwise.ops import BlockDiagonal, Dense, LinearOperator, Product
+from rankwise.ops import BlockDiagonal, Dense, LinearOperator, Product, Repeated
 from rankwise.structures.lowrank import scale_of
 from rankwise.structures.structure import Added, Additive, Begun, Factor, Factors, Leaf, Start, check_rank
 
@@ -103,13 +103,11 @@ class MiSS(Added, Leaf):
         return {"b": Factor({"shard": self.shard, "rank": r}), **ones, "down": down}
 
     def delta(self, f: Factors) -> LinearOperator:
-        """B (out, r), and (r, in) with a one in column j of row j mod r; the ones are factors, to say the sizes."""
-        b, across = f["b"], f["across"]
+        """B (out, r) as often as it fits; the ones are factors, to say the sizes."""
+        b = f["b"]
         if self.shard is not None:
-            b = b.repeat(*[1] * (b.dim() - 2), f["down"].shape[-1] // self.shard, 1) * f["down"].unsqueeze(-1)
-        row = torch.arange(self.rank, device=b.device).unsqueeze(-1)
-        column = torch.arange(across.shape[-1], device=b.device)
-        return Product(Dense(b), Dense((column % self.rank == row) * across.unsqueeze(-2)))
+            b = b.repeat(*[1] * (b.dim() - 2), f["down"].shape[-1] // self.shard, 1)
+        return Repeated(b, f["across"].shape[-1])
 
 
 @final
