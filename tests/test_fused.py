@@ -47,7 +47,9 @@ def written_out(x, parts):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("batch", [(), (2,)])
-def test_low_rank_parts(batch, count, scaled, recompute):
+@pytest.mark.parametrize("vector", [16, 1])  # what is narrow lies as (r, T), or as (T, r)
+def test_low_rank_parts(vector, batch, count, scaled, recompute, monkeypatch):
+    monkeypatch.setattr(fused, "VECTOR", vector)
     torch.manual_seed(0)
     x, flat = tensor(2, 3, 5), []
     for i in range(count):

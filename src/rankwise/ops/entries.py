@@ -1,4 +1,4 @@
-"""Operators that are said entry by entry: a function of another's entries, entries that repeat or lie at given places."""
+"""Operators said entry by entry: a function of another's entries, entries that repeat or lie at given places."""
 
 from typing import final
 

@@ -139,7 +139,8 @@ def _flat(x: Tensor, factor: Tensor) -> Tensor:
 def thin(x: Tensor, factor: Tensor) -> Tensor:
     """Multiply rows by a thin factor (*batch, r, N): ``x factor^T`` (*batch, T, r).
 
-    Where r does not fill a CPU's vectors it lies as (r, T): so rank 8 takes a third to a half of the time.
+    Where r does not fill a CPU's vectors it lies as (r, T): so rank 8 takes half of the time or less (see ``python -m
+    benchmarks.thin``).
     """
     if factor.shape[-2] % VECTOR == 0:
         return x @ factor.mT
