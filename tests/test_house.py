@@ -275,6 +275,12 @@ def functions(path: Path) -> Iterator[tuple[int, str]]:
                     yield inner.lineno, doc
 
 
+def test_types_reach_a_users_checker():
+    """PEP 561: without the marker a checker ignores the annotations of an installed package."""
+    assert "Typing :: Typed" in (ROOT / "pyproject.toml").read_text()
+    assert (ROOT / "src" / "rankwise" / "py.typed").read_bytes() == b""
+
+
 def test_docstrings_agree_with_signatures():
     """pydoclint, but that a docstring may leave out arguments and result altogether."""
     done = subprocess.run(
