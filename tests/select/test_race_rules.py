@@ -17,7 +17,7 @@ from rankwise.hf.run import Run
 from rankwise.select import Ledger, Tuning, race, tune
 from rankwise.select.ledger import Entry, key_of
 from rankwise.select.matching import matched, sizes
-from rankwise.select.race import AGAIN, arms
+from rankwise.select.race import AGAIN, arms, judged
 from rankwise.select.robustness import noisy
 
 pytest.importorskip("optuna")
@@ -355,3 +355,36 @@ def test_the_small_model_of_our_own_race_says_what_its_source_says(tmp_path):
     assert found == wanted
     text = tokenizer.decode(found, skip_special_tokens=True)
     assert text.strip() in told and tokenizer(text)["input_ids"] == wanted[1:]
+
+
+# -- what the manual has of our own race ---------------------------------------------------------
+
+
+def kept(**losses):
+    """A race as the manual keeps it, of two seeds."""
+    rows = [
+        {"method": name, "losses": list(own), "loss": sum(own) / 2, "verdict": None, "word": "-"}
+        for name, own in {"lora": (2.0, 2.1), AGAIN: (2.01, 2.1), "full": (1.0, 1.1), **losses}.items()
+    ]
+    return {"rows": rows, "gain": 1.0, "margin": 0.02}
+
+
+def test_later_rows_join_a_race_only_where_lora_came_out_the_same():
+    from benchmarks.race_screen import joined
+
+    old, new = kept(dora=(2.3, 2.4), pissa=(2.0, 2.0)), kept(pissa=(1.5, 1.6))
+    found = {row["method"]: row for row in joined(old, new)["rows"]}
+    assert list(found) == ["full", "pissa", "lora", AGAIN, "dora"]
+    assert found["pissa"]["losses"] == [1.5, 1.6] and found["pissa"]["word"] == "better"
+    assert found["dora"]["word"] == "worse" and found["lora"]["verdict"] is None
+    other = kept(pissa=(1.5, 1.6), lora=(2.0, 2.2))
+    assert joined(old, other) is other
+
+
+def test_the_published_verdicts_are_those_of_the_published_losses():
+    file = Path(__file__).parents[2] / "docs" / "race.json"
+    told = json.loads(file.read_text())
+    for part in (told, *told["finals"].values()):
+        losses = {row["method"]: [math.inf if x is None else x for x in row["losses"]] for row in part["rows"]}
+        words = {name: verdict.word for name, verdict in judged(losses, part["gain"], part["margin"]).items()}
+        assert words == {row["method"]: row["word"] for row in part["rows"] if row["verdict"]}
