@@ -39,7 +39,7 @@ def step_cells(quick: bool, long: bool, device: str, threads: list[int]) -> Iter
                 if dtype == "bfloat16" and hidden <= 512:
                     dropped = Case(hidden, dtype, dropout=0.05, threads=n, device=device)
                     yield dropped, {"methods": ("lora",), "least": 2}
-            yield Case(256, dtype, threads=n, device=device), {"methods": EVERY}
+            yield Case(256, dtype, threads=n, device=device), {"methods": EVERY, "least": 2}
             if n == threads[0]:
                 for rank in (8, 64):
                     yield Case(256, dtype, rank, device=device), {"methods": ("lora",), "least": 2}
