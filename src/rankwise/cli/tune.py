@@ -49,7 +49,7 @@ def tune(
     run = common.asked(model, rest or (), given)
     tuning = settings(rates, span, rungs, brackets, refinements, tune_seeds)
     if dry_run:
-        common.show(as_json, {"runs": runs(tuning), "cost": tuning.cost()}, cost(tuning))
+        common.show(as_json, {"runs": sum(tuning.runs().values()), "cost": tuning.cost()}, cost(tuning))
         return
     found = find(run, Ledger(ledger), tuning, lambda text: print(text, file=sys.stderr))
     if write is not None:
@@ -77,14 +77,8 @@ def settings(rates: int, span: float, rungs: str, brackets: int, refinements: in
     return Tuning(rates, span, shares, brackets, seeds, refinements=refinements)
 
 
-def runs(tuning: Any) -> int:
-    """How many runs it takes to tune a method."""
-    return tuning.seeds * (tuning.brackets * sum(tuning.counts()) + 2 * tuning.refinements)
-
-
 def cost(tuning: Any) -> str:
     """What it takes to tune a method, in words."""
-    counts = [tuning.brackets * n for n in tuning.counts()]
-    counts[-1] += 2 * tuning.refinements
-    rungs = ", ".join(f"{n} at {share:.0%}" for n, share in zip(counts, tuning.rungs, strict=True))
-    return f"{runs(tuning)} runs to tune a method ({rungs} of the length), as much work as {tuning.cost():g} whole runs"
+    runs, work = tuning.runs(), f"as much work as {tuning.cost():g} whole runs"
+    rungs = ", ".join(f"{n} at {share:.0%}" for share, n in runs.items())
+    return f"{sum(runs.values())} runs to tune a method ({rungs} of the length), {work}"

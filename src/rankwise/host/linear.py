@@ -56,7 +56,7 @@ class _MatrixHost(LayerHost):
 
     def part(self, correction: Correction, x: Tensor) -> Part | None:
         op, scale = unscaled(correction.op)
-        if not self._fits(op, x) or self._form(op, x) is not Form.LOW_RANK:
+        if not self._direct(x, op.shape[1]) or self._form(op, x) is not Form.LOW_RANK:
             return None
         plain = isinstance(self.storage, DenseWeight)
         stored = self.matrix(self.module.weight) if plain else self.storage
@@ -71,30 +71,28 @@ class _MatrixHost(LayerHost):
         return Part(stored, pair.left, pair.right, scale, *correction[1:])
 
     def whole(self, op: LinearOperator, x: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling() or self.dropout or not isinstance(self.storage, DenseWeight):
+        batched = any(t.dim() != 2 for t in leaves(op))
+        if batched or torch.compiler.is_compiling() or self.dropout or not isinstance(self.storage, DenseWeight):
             return None
-        if not self._fits(op, x) or self._form(op, x) is not Form.WHOLE or any(t.dim() != 2 for t in leaves(op)):
+        if not self._direct(x, op.shape[1]) or self._form(op, x) is not Form.WHOLE:
             return None
         return run_whole(x, self.matrix(self.module.weight), op)
 
-    def onto(self, y: Tensor, x: Tensor) -> Tensor | None:
-        if not isinstance(self.storage, DenseWeight) or y.dtype != x.dtype or not self._direct(x):
-            return None
+    def onto(self, y: Tensor, x: Tensor) -> Tensor:
+        if not isinstance(self.storage, DenseWeight) or y.dtype != x.dtype or not self._direct(x, x.shape[-1]):
+            return super().onto(y, x)
         rows, weight = y.reshape(-1, y.shape[-1]), self.matrix(self.module.weight)
         return torch.addmm(rows, x.reshape(-1, x.shape[-1]), weight.mT).view(y.shape)
 
-    def _direct(self, x: Tensor) -> bool:
-        """Whether a node of ours may multiply x by the stored weight: nothing else would cast or gather either."""
+    def _direct(self, x: Tensor, n: int) -> bool:
+        """Whether a node of ours may multiply x, n wide, by the stored weight: nothing else would cast or gather."""
         weight = self.module.weight
-        if x.dtype != self.dtype or x.device != weight.device:
+        if x.dtype != self.dtype or x.device != weight.device or x.shape[-1] != n:
             return False
         if hasattr(weight, "full_tensor") or torch._C._are_functorch_transforms_active():
             return False
         device = x.device.type
         return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == x.dtype
-
-    def _fits(self, op: LinearOperator, x: Tensor) -> bool:
-        return x.shape[-1] == op.shape[1] and self._direct(x)
 
     @staticmethod
     def _form(op: LinearOperator, x: Tensor) -> Form:

@@ -123,9 +123,9 @@ class Host(ABC):
         """The map of ``W + op`` by the matrix of op, None where that is not its cheapest form."""
         return None
 
-    def onto(self, y: Tensor, x: Tensor) -> Tensor | None:
-        """The frozen map of x, accumulated on y by its own product, None where there is no such product."""
-        return None
+    def onto(self, y: Tensor, x: Tensor) -> Tensor:
+        """The frozen map of x added to y; a host may let its product accumulate on y."""
+        return self(x) + y
 
     @abstractmethod
     def row_norm(self, op: LinearOperator) -> Tensor:
@@ -141,11 +141,7 @@ class Host(ABC):
         if magnitude is not None and norm is not None:
             return self.scale_rows(magnitude / norm, lambda x: self.plus(Correction(op), x), x)
         y = self.whole(op, x)
-        if y is None:
-            update = self._dropped(op, x)
-            y = self.onto(update, x)
-            y = self(x) + update if y is None else y
-        return y
+        return self.onto(self._dropped(op, x), x) if y is None else y
 
     @final
     def _dropped(self, op: LinearOperator, x: Tensor) -> Tensor:

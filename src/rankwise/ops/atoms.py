@@ -226,8 +226,8 @@ class Kronecker(LinearOperator):
 
     @property
     def cost(self) -> Cost:
-        m, n = self.shape
-        return Cost(min(self._orders().values()), self.left.cost.form + self.right.cost.form + m * n)
+        one, two = self.left.cost, self.right.cost
+        return Cost(min(self._orders().values()), one.form + two.form + self.shape[0] * self.shape[1])
 
 
 @final

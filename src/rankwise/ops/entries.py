@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rankwise.ops.atoms import Dense, Product
 from rankwise.ops.operator import Cost, LinearOperator, LowRank, gradients_of
 
 
@@ -41,38 +42,29 @@ class Sine(LinearOperator):
 
 @final
 class Repeated(LinearOperator):
-    """``[B B ... B]`` (M, N), B (*batch, M, r), the last one cut, or its transpose: adds up what lies r apart first."""
+    """``[B B ... B]`` (M, N), B (*batch, M, r), the last one cut: what lies r apart is added up first."""
 
-    def __init__(self, block: Tensor, size: int, turned: bool = False) -> None:
-        self.block, self.size, self.turned = block, size, turned
-        m = block.shape[-2]
-        self.shape = (size, m) if turned else (m, size)
-
-    def _along(self, h: Tensor) -> Tensor:
-        """Rows of r repeated to N."""
-        r = h.shape[-1]
-        return h.unsqueeze(-2).expand(*h.shape[:-1], -(-self.size // r), r).flatten(-2)[..., : self.size]
+    def __init__(self, block: Tensor, size: int) -> None:
+        self.block, self.size = block, size
+        self.shape = block.shape[-2], size
 
     def mv(self, x: Tensor) -> Tensor:
-        block = self.block.to(x.dtype)
-        if self.turned:
-            return self._along(x @ block)
-        r = block.shape[-1]
+        r = self.block.shape[-1]
         whole = pad(x, (0, -self.size % r)) if self.size % r else x
-        return whole.unflatten(-1, (-1, r)).sum(-2) @ block.mT
+        return whole.unflatten(-1, (-1, r)).sum(-2) @ self.block.to(x.dtype).mT
 
     def dense(self) -> Tensor:
-        found = self._along(self.block)
-        return found.mT if self.turned else found
+        return torch.cat([self.block] * -(-self.size // self.block.shape[-1]), dim=-1)[..., : self.size]
 
     @property
     def T(self) -> LinearOperator:
-        return Repeated(self.block, self.size, not self.turned)
+        left, right = self.lower()
+        return Product(Dense(right.mT), Dense(left.mT))
 
-    def lower(self) -> LowRank | None:
-        eye = torch.eye(self.block.shape[-1], dtype=self.block.dtype, device=self.block.device)
-        wide = self._along(eye).expand(*self.block.shape[:-2], -1, -1)
-        return LowRank(wide.mT, self.block.mT) if self.turned else LowRank(self.block, wide)
+    def lower(self) -> LowRank:
+        r, like = self.block.shape[-1], self.block
+        eye = torch.eye(r, dtype=like.dtype, device=like.device).expand(*like.shape[:-2], r, r)
+        return LowRank(self.block, Repeated(eye, self.size).dense())
 
     @property
     def rank(self) -> int | None:

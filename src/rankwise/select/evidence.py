@@ -129,11 +129,8 @@ def compare_all(
         return {name: compare(one, own, gain, margin, level) for name, one in losses.items() if name != reference}
     shares = {name: [loss / gain for loss in one] for name, one in losses.items()}
     means = {name: fmean(one) for name, one in shares.items()}
-    outer = methods // 4
-    effects = [
-        fmean(sorted(one[seed] - means[name] for name, one in shares.items())[outer : methods - outer])
-        for seed in range(seeds)
-    ]
+    middle = slice(methods // 4, methods - methods // 4)
+    effects = [fmean(sorted(one[i] - means[n] for n, one in shares.items())[middle]) for i in range(seeds)]
     left = {name: [x - effect for x, effect in zip(one, effects, strict=True)] for name, one in shares.items()}
     seen = {name: variance(one) * methods / (methods - 1) for name, one in left.items()}
     more, common = _prior([*seen.values()], seeds - 1)
@@ -141,12 +138,11 @@ def compare_all(
     spread = {name: max(one, (more * common + (seeds - 1) * one) / freedom) for name, one in seen.items()}
     theirs = max(spread[reference], spread[twin])
     found = {}
-    for name in losses:
-        if name != reference:
-            both = spread[name] + theirs
-            degrees = int(freedom * both**2 / (spread[name] ** 2 + theirs**2)) if both else 1
-            error = math.sqrt(both / seeds)
-            found[name] = _verdict(means[reference] - means[name], error, degrees, seeds, margin, level)
+    for name in filter(lambda name: name != reference, losses):
+        both = spread[name] + theirs
+        degrees = int(freedom * both**2 / (spread[name] ** 2 + theirs**2)) if both else 1
+        error = math.sqrt(both / seeds)
+        found[name] = _verdict(means[reference] - means[name], error, degrees, seeds, margin, level)
     return found
 
 

@@ -215,11 +215,10 @@ def race(
     for other in (test, run.validation):
         _apart(run.data, other)
     needed = (REFERENCE, FULL)  # without which nothing is said; any other method may fail
-    how = {AGAIN: tuning.between()}
-    tuned = {
-        name: (tune if name in needed else searched)(one, ledger, how.get(name, tuning), say)
-        for name, one in runs.items()
-    }
+    tuned = {}
+    for name, one in runs.items():
+        find, how = tune if name in needed else searched, tuning.between() if name == AGAIN else tuning
+        tuned[name] = find(one, ledger, how, say)
     finals = {name: replace(found.run, validation=test or run.validation) for name, found in tuned.items()}
     if match == "seconds":
         steps = {name: _steps(found, tuned[REFERENCE], tuning) for name, found in tuned.items()}
@@ -241,14 +240,9 @@ def race(
 
 
 def _judged(
-    finals: dict[str, Run],
-    tuned: dict[str, Tuned],
-    made: dict[str, list[Entry]],
-    rise: dict[str, list[float]],
-    seeds: tuple[int, ...],
-    match: str | None,
-    margin: float,
-) -> Race:
+    finals: dict[str, Run], tuned: dict[str, Tuned], made: dict[str, list[Entry]], rise: dict[str, list[float]],
+    seeds: tuple[int, ...], match: str | None, margin: float
+) -> Race:  # fmt: skip
     losses = {name: tuple(entry.loss for entry in entries) for name, entries in made.items()}
     for name in (REFERENCE, FULL):
         if not all(map(math.isfinite, losses[name])):
@@ -293,8 +287,7 @@ def judged(losses: Mapping[str, Sequence[float]], gain: float, margin: float) ->
         By name.
     """
     sound = {name: own for name, own in losses.items() if all(map(math.isfinite, own))}
-    twin = AGAIN if AGAIN in sound else REFERENCE
-    found = compare_all(sound, REFERENCE, twin, gain, margin)
+    found = compare_all(sound, REFERENCE, AGAIN if AGAIN in sound else REFERENCE, gain, margin)
     return dict(zip(found, holm([*found.values()]), strict=True))
 
 

@@ -70,10 +70,15 @@ class Tuning:
         """How many rates there are at each rung."""
         return [math.ceil(self.rates / 2**rung) for rung in range(len(self.rungs))]
 
+    def runs(self) -> dict[float, int]:
+        """How many runs of each length it takes to tune a method."""
+        found = {share: self.brackets * n for share, n in zip(self.rungs, self.counts(), strict=True)}
+        found[self.rungs[-1]] += 2 * self.refinements
+        return {share: self.seeds * n for share, n in found.items()}
+
     def cost(self) -> float:
         """What tuning one method costs, in runs of full length."""
-        once = sum(count * share for count, share in zip(self.counts(), self.rungs, strict=True))
-        return self.seeds * (self.brackets * once + 2 * self.refinements * self.rungs[-1])
+        return sum(share * n for share, n in self.runs().items())
 
 
 ONCE = Tuning()

@@ -104,9 +104,7 @@ class MiSS(Added, Leaf):
 
     def delta(self, f: Factors) -> LinearOperator:
         """B (out, r) as often as it fits; the ones are factors, to say the sizes."""
-        b = f["b"]
-        if self.shard is not None:
-            b = b.repeat(*[1] * (b.dim() - 2), f["down"].shape[-1] // self.shard, 1)
+        b = f["b"] if self.shard is None else torch.cat([f["b"]] * (f["down"].shape[-1] // self.shard), dim=-2)
         return Repeated(b, f["across"].shape[-1])
 
 
