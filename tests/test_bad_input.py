@@ -166,6 +166,11 @@ def test_not_a_model() -> None:
         fails(ModelTypeError, "torch.nn.Module", thing, lora())
 
 
+def test_not_a_recipe() -> None:
+    for thing in ("lora", None, {"rank": 8}):
+        fails(AttachError, 'rw.recipe("lora", rank=16)', plain(), thing)
+
+
 def test_meta_weights() -> None:
     with torch.device("meta"):
         model = plain()

@@ -6,6 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from rankwise import ops
 from rankwise.ops import (
@@ -35,13 +36,15 @@ Batch = tuple[int, ...]
 
 
 def check_operator(op: LinearOperator, batch: tuple[int, ...] = ()) -> float:
-    """The operator's laws: ``mv``, ``dense``, ``T``, ``rows`` and ``lower`` agree; the worst figure."""
+    """The laws: ``mv``, ``mm``, ``dense``, ``added``, ``T``, ``rows`` and ``lower`` agree; the worst figure."""
     (m, n), dense, lower = op.shape, op.dense(), op.lower()
     x, z = (torch.randn(*batch, 5, size, dtype=torch.float64) for size in (n, m))
     index = torch.randint(0, m, (*batch, 6))
     compare = Comparison(type(op).__name__)
     compare("operator law", dense, dense.expand(*batch, m, n), ".dense")
     compare("operator law", op.mv(x), x @ dense.mT, ".mv")
+    compare("operator law", op.mm(x.mT), dense @ x.mT, ".mm")
+    compare("operator law", op.added(x.new_ones(m, n), -0.5), 1 - dense / 2, ".added")
     compare("operator law", op.T.dense(), dense.mT, ".T")
     compare("operator law", op.T.mv(z), z @ dense, ".T.mv")
     compare("operator law", op.T.T.mv(x), x @ dense.mT, ".T.T.mv")
@@ -119,6 +122,8 @@ OPERATORS: dict[str, Callable[[Batch], LinearOperator]] = {
     "one block": lambda b: blocks(b, 1, 5),
     "product": lambda b: low(b, 6, 2, 5),
     "three factors": lambda b: Product(d(b, 6, 2), Product(diagonal(b, 2), d(b, 2, 5))),
+    "three factors, from the left": lambda b: Product(Product(d(b, 6, 2), diagonal(b, 2)), d(b, 2, 5)),
+    "low rank on both sides": lambda b: Product(low(b, 6, 3, 4), low(b, 4, 1, 5)),
     "low rank on the right": lambda b: Product(blocks(b, 3, 2), low(b, 6, 2, 5)),
     "low rank on the left": lambda b: Product(low(b, 6, 2, 4), blocks(b, 2, 2)),
     "scaled": lambda b: Scaled(low(b, 6, 2, 5), -1.5),
@@ -159,6 +164,8 @@ LOW = {
     "few waves",
     "product",
     "three factors",
+    "three factors, from the left",
+    "low rank on both sides",
     "low rank on the right",
     "low rank on the left",
     "scaled",
@@ -218,3 +225,21 @@ def test_mv_keeps_the_dtype_of_its_input(name):
     op = OPERATORS[name](())
     x = torch.randn(2, op.shape[1], dtype=torch.bfloat16)
     assert op.mv(x).dtype == torch.bfloat16
+
+
+def test_a_diagonal_between_two_matrices_makes_no_square():
+    """As in VeRA, whose rank may be far above the layer's sides: B diag(u) A costs what B A does, and m or n r more."""
+    (m, n), r = (3, 5), 1000
+    b, u, a = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((m, r), (r,), (r, n)))
+    for op in (Product(Dense(b), Product(Diagonal(u), Dense(a))), Product(Product(Dense(b), Diagonal(u)), Dense(a))):
+        assert op.cost.form <= m * r * n + max(m, n) * r and op.rank == r
+        with FlopCounterMode(display=False) as seen:
+            dense, pair = op.dense(), op.lower()
+            op.gradients(torch.randn(m, n, dtype=torch.float64))
+        assert seen.get_total_flops() / 2 <= 4 * m * r * n  # formed, formed again, and two gradients
+        torch.testing.assert_close(pair.left @ pair.right, dense)
+
+
+def test_a_product_lowers_to_its_least_inner_size():
+    low_both = Product(low((), 6, 3, 4), low((), 4, 1, 5))
+    assert low_both.rank == low_both.lower().left.shape[-1] == 1

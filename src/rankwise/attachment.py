@@ -248,7 +248,7 @@ def attach(
         TargetError: a pattern that matches nothing, or a module that cannot carry an adapter.
         TiedWeights: a target shares its weight with the output head and no choice was made.
         RankError: a rank that does not fit a layer.
-        AttachError: the name is taken, or the model is sharded, on meta, or emptied by ZeRO-3.
+        AttachError: the name is taken, ``recipe`` is none, or the model is sharded, on meta, or emptied by ZeRO-3.
         ModelTypeError: a PeftModel or a compiled model.
         StatisticsError: ``stats`` lacks what the init reads.
         WeightFormatError: a weight in a format that cannot be read or trained through.
@@ -261,6 +261,8 @@ def attach(
     """
     check_model(model)
     check_name(model, name)
+    if not isinstance(recipe, Recipe):
+        raise AttachError(f'attach takes a recipe, as rw.recipe("lora", rank=16) makes one; found {recipe!r}.')
     missing = recipe.init.needs if stats is None else frozenset()
     if missing:
         raise AttachError(

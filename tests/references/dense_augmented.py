@@ -149,7 +149,7 @@ REFERENCES = {
          {"gate": "none", "rank": 2}, {"update": "none"}),
     ),
     "prolora": Reference(
-        prolora, of_prolora, "Wang et al. 2024, arXiv 2402.16902, section 3", {"rank": 8},
+        prolora, of_prolora, "Wang et al. 2024, arXiv 2402.16902, equation 4", {"rank": 8},
         ({"rank": 5, "unshared": 0, "shares_out": 4, "shares_in": 8}, {"rank": 6, "unshared": 1, "alpha": 3.0}),
     ),
 }  # fmt: skip

@@ -104,7 +104,7 @@ REFERENCES = {
         "Liu et al. 2024, arXiv 2402.09353, eq. 5, around Zhang et al. 2023, arXiv 2303.10512, eq. 3", {"rank": 3},
     ),
     "dylora": Reference(
-        three, pair, "Valipour et al. 2022, arXiv 2210.07558: e of ones and zeros", {"rank": 3}
+        three, pair, "Valipour et al. 2022, arXiv 2210.07558, equation 7, as cited by others: e is 0 or 1", {"rank": 3}
     ),
     "sora": Reference(
         three, lambda m, n, o: o["rank"] * (m + n + 1), "Ding et al. 2023, arXiv 2311.11696",

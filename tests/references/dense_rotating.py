@@ -104,11 +104,11 @@ def blocked(w, f, o):
 REFERENCES = {
     "boft": Reference(
         butterfly, lambda m, n, o: o["levels"] * n * (block(n, o) - 1) // 2 + o["scaled"] * m,
-        "Liu et al. 2023, arXiv 2311.06243, section 4", {"block": 4},
+        "Liu et al. 2023, arXiv 2311.06243, section 4, no number, of equation 1's factors", {"block": 4},
         ({"block": 2, "levels": 3, "scaled": True}, {"block": 8, "levels": 1}),
     ),
     "hra": Reference(
-        reflections, lambda m, n, o: o["rank"] * n, "Yuan et al. 2024, arXiv 2405.17484, section 3.1", {"rank": 4},
+        reflections, lambda m, n, o: o["rank"] * n, "Yuan et al. 2024, arXiv 2405.17484, equation 1", {"rank": 4},
     ),
     "psoft": Reference(
         principal, lambda m, n, o: o["rank"] * (o["rank"] - 1) // 2 + 2 * o["relaxed"] * o["rank"],
@@ -116,7 +116,7 @@ REFERENCES = {
     ),
     "ia3": Reference(
         lambda w, f, o: f["l"][:, None] * w if o["side"] == "out" else w * f["l"],
-        lambda m, n, o: m if o["side"] == "out" else n, "Liu et al. 2022, arXiv 2205.05638, section 3.3", {},
+        lambda m, n, o: m if o["side"] == "out" else n, "Liu et al. 2022, arXiv 2205.05638, section 3.3, no number", {},
         ({"side": "in"},),
     ),
     "road": Reference(

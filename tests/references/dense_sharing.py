@@ -102,7 +102,7 @@ REFERENCES = {
         ({"rank": 4, "widths": (40, 33)},),
     ),
     "rasa": Reference(
-        rasa, lambda m, n, o: o["rank"] * (m + n + 1), "He et al. 2025, arXiv 2503.12576", {"rank": 4},
+        rasa, lambda m, n, o: o["rank"] * (m + n + 1), "He et al. 2025, arXiv 2503.12576, equation 5", {"rank": 4},
         ({"rank": 4, "given": 3, "alpha": 6.0},),
     ),
     "bslora": Reference(

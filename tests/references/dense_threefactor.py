@@ -65,7 +65,7 @@ def square(m, n, o):
 
 REFERENCES = {
     "svft": Reference(
-        svft, band, "Lingam et al. 2024, arXiv 2405.19597, section 3; code read", {"width": 2},
+        svft, band, "Lingam et al. 2024, arXiv 2405.19597, equations 1 and 2; code read", {"width": 2},
         ({"width": 0}, {"pattern": "random", "width": 1}, {"pattern": "top_k", "width": 3}),
     ),
     "polar": Reference(
@@ -88,7 +88,7 @@ REFERENCES = {
         "Zhu et al. 2024, arXiv 2402.16842, W + B A, A frozen", {"rank": 3},
     ),
     "tinylora": Reference(
-        tiny, lambda m, n, o: o["size"], "Morris et al. 2026, arXiv 2602.04118, W + U S (sum_i v_i P_i) V^T; PEFT read",
+        tiny, lambda m, n, o: o["size"], "Morris et al. 2026, arXiv 2602.04118, section 4.0.2, no number; PEFT read",
         {"size": 5}, ({"rank": 3, "size": 13},),
     ),
 }  # fmt: skip

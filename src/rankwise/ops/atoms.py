@@ -25,15 +25,15 @@ class Dense(LinearOperator):
     def mv(self, x: Tensor) -> Tensor:
         return x @ self.matrix.to(x.dtype).mT
 
+    def mm(self, x: Tensor) -> Tensor:
+        return self.matrix.to(x.dtype) @ x
+
     def dense(self) -> Tensor:
         return self.matrix
 
     @property
     def T(self) -> LinearOperator:
         return Dense(self.matrix.mT)
-
-    def lower(self) -> LowRank | None:
-        return None
 
     def gradients(self, g: Tensor) -> list[Tensor | None]:
         return [g]
@@ -62,9 +62,6 @@ class Diagonal(LinearOperator):
     def T(self) -> LinearOperator:
         return self
 
-    def lower(self) -> LowRank | None:
-        return None
-
     @property
     def cost(self) -> Cost:
         n = self.shape[0]
@@ -82,35 +79,39 @@ class Product(LinearOperator):
     def mv(self, x: Tensor) -> Tensor:
         return self.left.mv(self.right.mv(x))
 
+    def _by_rows(self) -> bool:
+        """Whether it is formed by applying right to left's rows, which are there; else left to right's columns."""
+        return isinstance(self.left, Dense) and not isinstance(self.right, Dense)
+
     def dense(self) -> Tensor:
-        return self.left.dense() @ self.right.dense()
+        return self.right.T.mv(self.left.dense()) if self._by_rows() else self.left.mm(self.right.dense())
 
     @property
     def T(self) -> LinearOperator:
         return Product(self.right.T, self.left.T)
 
     def lower(self) -> LowRank | None:
-        pair = self.left.lower()
-        if pair is not None:
+        if self.rank == self.left.shape[1]:
+            return LowRank(self.left.dense(), self.right.dense())
+        if self.rank == self.left.rank and (pair := self.left.lower()):
             return LowRank(pair.left, self.right.T.mv(pair.right))
         pair = self.right.lower()
-        if pair is not None:
-            return LowRank(self.left.mv(pair.left.mT).mT, pair.right)
-        return LowRank(self.left.dense(), self.right.dense())
+        return None if pair is None else LowRank(self.left.mm(pair.left), pair.right)
 
     def gradients(self, g: Tensor) -> list[Tensor | None]:
-        left = gradients_of(self.left, lambda: self.right.mv(g))  # g right^T
-        return left + gradients_of(self.right, lambda: self.left.T.mv(g.mT).mT)
+        if isinstance(self.left, Diagonal) or isinstance(self.right, Diagonal):
+            return super().gradients(g)  # of few entries, where the product's would be a square
+        left = gradients_of(self.left, lambda: self.right.mm(g.mT).mT)  # a thin result is faster lying
+        return left + gradients_of(self.right, lambda: self.left.T.mm(g))
 
     @property
     def rank(self) -> int | None:
-        one, two = self.left.rank, self.right.rank
-        return self.left.shape[1] if one is two is None else two if one is None else one
+        return min(r for r in (self.left.shape[1], self.left.rank, self.right.rank) if r is not None)
 
     @property
     def cost(self) -> Cost:
         one, two, (m, n) = self.left.cost, self.right.cost, self.shape
-        return Cost(one.apply + two.apply, one.form + two.form + m * self.left.shape[1] * n)
+        return Cost(one.apply + two.apply, one.form + m * two.apply if self._by_rows() else two.form + n * one.apply)
 
 
 @final
@@ -137,6 +138,9 @@ class Scaled(LinearOperator):
     def lower(self) -> LowRank | None:
         pair = self.op.lower()
         return None if pair is None else LowRank(pair.left * self.scale, pair.right)
+
+    def added(self, weight: Tensor, scale: float = 1.0) -> Tensor:
+        return self.op.added(weight, scale * self.scale)
 
     def gradients(self, g: Tensor) -> list[Tensor | None]:
         return self.op.gradients(self._times(g))
@@ -221,9 +225,6 @@ class Kronecker(LinearOperator):
     def T(self) -> LinearOperator:
         return Kronecker(self.left.T, self.right.T)
 
-    def lower(self) -> LowRank | None:
-        return None
-
     @property
     def cost(self) -> Cost:
         one, two = self.left.cost, self.right.cost
@@ -255,6 +256,10 @@ class Hadamard(LinearOperator):
         left = (one.left.unsqueeze(-1) * two.left.unsqueeze(-2)).flatten(-2)
         right = (one.right.unsqueeze(-2) * two.right.unsqueeze(-3)).flatten(-3, -2)
         return LowRank(left, right)
+
+    def added(self, weight: Tensor, scale: float = 1.0) -> Tensor:
+        one, two = (op.dense().to(weight.dtype) for op in (self.first, self.second))
+        return torch.addcmul(weight, one, two, value=scale)
 
     def gradients(self, g: Tensor) -> list[Tensor | None]:
         first = gradients_of(self.first, lambda: g * self.second.dense())
@@ -297,9 +302,6 @@ class BlockDiagonal(LinearOperator):
     @property
     def T(self) -> LinearOperator:
         return BlockDiagonal(self.blocks.mT)
-
-    def lower(self) -> LowRank | None:
-        return None
 
     @property
     def cost(self) -> Cost:
@@ -349,9 +351,6 @@ class Circuit(LinearOperator):
     def T(self) -> LinearOperator:
         m, n = self.shape
         return Circuit([gate.mT for gate in reversed(self.gates)], self.axes[::-1], self.modes, (n, m))
-
-    def lower(self) -> LowRank | None:
-        return None
 
     @property
     def cost(self) -> Cost:

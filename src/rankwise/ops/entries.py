@@ -28,9 +28,6 @@ class Sine(LinearOperator):
     def T(self) -> LinearOperator:
         return Sine(self.op.T)
 
-    def lower(self) -> LowRank | None:
-        return None
-
     def gradients(self, g: Tensor) -> list[Tensor | None]:
         return gradients_of(self.op, lambda: g * self.op.dense().cos())
 
@@ -101,9 +98,6 @@ class Placed(LinearOperator):
     def T(self) -> LinearOperator:
         (m, n), (rows, cols) = self.shape, self.places
         return Placed(self.values, cols, rows, (n, m))
-
-    def lower(self) -> LowRank | None:
-        return None
 
     @property
     def cost(self) -> Cost:

@@ -47,6 +47,10 @@ class LinearOperator(ABC):
     def mv(self, x: Tensor) -> Tensor:
         """Apply to the rows of x: (*batch, T, N) -> (*batch, T, M), in x's dtype."""
 
+    def mm(self, x: Tensor) -> Tensor:
+        """Apply to the columns of x: (*batch, N, T) -> (*batch, M, T), in x's dtype."""
+        return self.mv(x.mT).mT
+
     @abstractmethod
     def dense(self) -> Tensor:
         """The matrix itself, (*batch, M, N), in the factors' dtype."""
@@ -56,9 +60,9 @@ class LinearOperator(ABC):
     def T(self) -> LinearOperator:
         """The transpose, (*batch, N, M)."""
 
-    @abstractmethod
     def lower(self) -> LowRank | None:
-        """(left, right) with ``left @ right == dense()`` where the operator is exactly low rank."""
+        """(left, right) with ``left @ right == dense()`` where the operator is exactly low rank, as most are not."""
+        return None
 
     @property
     def rank(self) -> int | None:
@@ -71,6 +75,10 @@ class LinearOperator(ABC):
         """What applying and forming it takes."""
         m, n = self.shape
         return Cost(m * n, m * n)
+
+    def added(self, weight: Tensor, scale: float = 1.0) -> Tensor:
+        """``weight + scale * dense()`` (*batch, M, N), in the weight's dtype and in as few passes as it takes."""
+        return torch.add(weight, self.dense().to(weight.dtype), alpha=scale)
 
     def gradients(self, g: Tensor) -> list[Tensor | None]:
         """Of :func:`leaves`, from that of ``dense()`` (*batch, M, N); None where one needs no gradient."""

@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from rankwise.ops.operator import Cost, LinearOperator, LowRank
+from rankwise.ops.operator import Cost, LinearOperator
 from rankwise.ops.whole import run as run_whole
 
 
@@ -36,9 +36,6 @@ class Scattered(LinearOperator):
     def T(self) -> LinearOperator:
         m, n = self.shape
         return Scattered(self.places % n * m + self.places // n, self.values, (n, m))
-
-    def lower(self) -> LowRank | None:
-        return None
 
     def gradients(self, g: Tensor) -> list[Tensor | None]:
         return [None, g.flatten(-2).gather(-1, self.places)]

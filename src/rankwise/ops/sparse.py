@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from rankwise.ops.operator import Cost, LinearOperator, LowRank
+from rankwise.ops.operator import Cost, LinearOperator
 
 
 @final
@@ -38,9 +38,6 @@ class Pairs(LinearOperator):
     def T(self) -> LinearOperator:
         one, two = self._halves(self.s)
         return Pairs(self.c, -torch.stack([two, one], dim=-2).flatten(-3), self.group)
-
-    def lower(self) -> LowRank | None:
-        return None
 
     @property
     def cost(self) -> Cost:
@@ -75,9 +72,6 @@ class Butterfly(LinearOperator):
     @property
     def T(self) -> LinearOperator:
         return Butterfly(self.blocks.mT, self.stride)
-
-    def lower(self) -> LowRank | None:
-        return None
 
     @property
     def cost(self) -> Cost:

@@ -102,9 +102,6 @@ class Sparse(LinearOperator):
         values, row, col = (t.squeeze(-2) for t in (self.values, self.row, self.col))
         return Sparse(values, col, row, (self.shape[1], self.shape[0]))
 
-    def lower(self) -> LowRank | None:
-        return None
-
     def rows(self, index: Tensor) -> Tensor:
         (m, n), batch = self.shape, 1 if self.values.dim() == 2 else len(self.values)
         first, row, col, values = self._one(batch)
@@ -202,9 +199,6 @@ class Haar(LinearOperator):
     def T(self) -> LinearOperator:
         return Haar(self.coefficients.T, (self.shape[1], self.shape[0]))
 
-    def lower(self) -> LowRank | None:
-        return None
-
     @property
     def cost(self) -> Cost:
         m, n = self.shape
@@ -241,9 +235,6 @@ class Circulant(LinearOperator):
     @property
     def T(self) -> LinearOperator:
         return Circulant(self.first.transpose(-3, -2).flip(-1).roll(1, -1))
-
-    def lower(self) -> LowRank | None:
-        return None
 
     def rows(self, index: Tensor) -> Tensor:
         q, b = self.first.shape[-2:]

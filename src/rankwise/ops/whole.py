@@ -33,8 +33,20 @@ def together(x: Tensor) -> bool:
     return torch.finfo(x.dtype).bits >= 32
 
 
-def _sum(weight: Tensor | None, update: Tensor) -> Tensor:
-    return update if weight is None else weight + update
+def _matrices(op: LinearOperator, weight: Tensor | None, like: Tensor) -> list[Tensor]:
+    """Matrices (M, N) that add up to W + op, each for a product of its own."""
+    with torch.autocast(like.device.type, enabled=False):  # formed in forward as in backward
+        if weight is not None and together(like):
+            return [op.added(weight)]
+        update = op.dense().to(like.dtype)
+    return [update] if weight is None else [update, weight]
+
+
+def _through(x: Tensor, first: Tensor, *others: Tensor) -> Tensor:
+    y = x @ first
+    for matrix in others:
+        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), matrix)
+    return y
 
 
 @final
@@ -43,26 +55,13 @@ class _Whole(Function):
     def forward(ctx: Any, op: LinearOperator, x: Tensor, weight: Tensor | None, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, *tensors)
         ctx.op = op
-        with torch.autocast(x.device.type, enabled=False):  # formed as backward forms it
-            update = op.dense().to(x.dtype)
-        if weight is None or together(x):
-            return x @ _sum(weight, update).mT
-        y = x @ update.mT
-        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.mT)
-        return y
+        return _through(x, *(matrix.mT for matrix in _matrices(op, weight, x)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weight, *tensors = ctx.saved_tensors
         g, op = grads[0], with_leaves(ctx.op, iter(tensors))
-        dx = None
-        if ctx.needs_input_grad[1]:
-            update = op.dense().to(g.dtype)
-            if weight is None or together(g):
-                dx = g @ _sum(weight, update)
-            else:
-                dx = g @ update
-                dx.view(-1, dx.shape[-1]).addmm_(g.reshape(-1, g.shape[-1]), weight)
+        dx = _through(g, *_matrices(op, weight, g)) if ctx.needs_input_grad[1] else None
         dense = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
         found = op.gradients(dense.to(tensors[-1].dtype))
         dw = dense if ctx.needs_input_grad[2] else None

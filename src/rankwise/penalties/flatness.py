@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from rankwise.adapter import Placement, SiteFactors
 from rankwise.host import Host, Site, norm_of_rows
-from rankwise.ops import Dense, LinearOperator, LowRank
+from rankwise.ops import Dense, LinearOperator
 from rankwise.penalties.factors import squared_norm
 from rankwise.penalties.penalty import AfterStep, BeforeStep, Perturbation, Rates
 from rankwise.structures import Added, Factor, Factors, Replace, Structure, TokenRows
@@ -154,9 +154,6 @@ class Drawn(LinearOperator):
     @property
     def T(self) -> LinearOperator:
         return Dense(self.dense().mT)
-
-    def lower(self) -> LowRank | None:
-        return None
 
 
 @final
