@@ -34,7 +34,6 @@ SPECIALS = ("<unk>", "<s>", "</s>")
 SHORT = {"adalora": ("steps", 10), "delta_lora": ("start", 1), "reflora": ("warmup", 1), "reflora_s": ("warmup", 1)}
 SHORT |= dict.fromkeys(("cola_chain", "periodic_lora", "relora"), ("every", 3))
 SHORT |= dict.fromkeys(("xgblora", "apollo_mini", "loro", "prilora"), ("every", 1))
-LEFT_OUT = ("vera",)  # of LoRA's size it has a rank of 2,694 here, and takes 2.6 s a step; pvera stands for it
 NARROW = dict.fromkeys(("apollo", "fira", "flora_opt", "galore"), ("every", 1))  # of rank 128, in a model of width 64
 
 
@@ -181,7 +180,7 @@ def main(folder: Path, steps: tuple[int, int], finalists: int, only: list[str] |
     said["vblora"] = "(length=4)"  # divides the widths, 64 and 172
     said["nola"] = "(bases=64)"  # of its 1,024 a step draws all anew, in two seconds here
     wanted = catalogue() if only is None else only
-    methods = [name + said.get(name, "") for name in wanted if name not in (REFERENCE, *LEFT_OUT)]
+    methods = [name + said.get(name, "") for name in wanted if name != REFERENCE]
     screened = run("screen", str(small), "shakespeare", methods, 3, steps[0], 4.0)
     if only is not None:
         return
