@@ -148,6 +148,14 @@ def thin(x: Tensor, factor: Tensor) -> Tensor:
     return h if factor.dim() == 3 else h.unflatten(0, x.shape[:-1])
 
 
+def _outer(g: Tensor, h: Tensor, left: Tensor) -> Tensor:
+    """``g^T h`` (*batch, M, r), as (r, M) where that is faster, by up to eight times."""
+    g, h = _flat(g, left), _flat(h, left)
+    if left.dim() == 2:
+        return (h.mT @ g).mT
+    return g.mT @ h if g.dtype in HALF else (h.mT @ g).mT.contiguous()  # else each factor's share is copied alone
+
+
 def _cast(factor: Tensor, like: Tensor) -> Tensor:
     return factor if factor.dtype is like.dtype else factor.to(like.dtype)
 
@@ -262,8 +270,8 @@ class _Fused(Function):
                 g = _scaled_rows(g, magnitude, norm)
             back = _times(scale, thin(g, _cast(left, g).mT))
             backs.append(back if more is None else back + more)
-            if needs[at + 1]:  # as (r, M): g^T h takes up to eight times as long
-                found[at + 1] = _times(scale, _cast(_flat(h, left).mT @ _flat(g, left), left)).mT
+            if needs[at + 1]:
+                found[at + 1] = _times(scale, _cast(_outer(g, h, left), left))
             if needs[at]:
                 found[at] = _rows(g).mT @ _rows(x)
             wide.append((_rows(g), weight, frozen))

@@ -240,9 +240,14 @@ def race(
 
 
 def _judged(
-    finals: dict[str, Run], tuned: dict[str, Tuned], made: dict[str, list[Entry]], rise: dict[str, list[float]],
-    seeds: tuple[int, ...], match: str | None, margin: float
-) -> Race:  # fmt: skip
+    finals: dict[str, Run],
+    tuned: dict[str, Tuned],
+    made: dict[str, list[Entry]],
+    rise: dict[str, list[float]],
+    seeds: tuple[int, ...],
+    match: str | None,
+    margin: float,
+) -> Race:
     losses = {name: tuple(entry.loss for entry in entries) for name, entries in made.items()}
     for name in (REFERENCE, FULL):
         if not all(map(math.isfinite, losses[name])):
