@@ -11,6 +11,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from rankwise.ops.form import VECTOR
 from rankwise.ops.operator import Cost, LinearOperator, LowRank, gradients_of
 
 
@@ -101,7 +102,8 @@ class Product(LinearOperator):
     def gradients(self, g: Tensor) -> list[Tensor | None]:
         if isinstance(self.left, Diagonal) or isinstance(self.right, Diagonal):
             return super().gradients(g)  # of few entries, where the product's would be a square
-        left = gradients_of(self.left, lambda: self.right.mm(g.mT).mT)  # a thin result is faster lying
+        full = self.left.shape[1] % VECTOR == 0  # else a thin g right^T is faster lying
+        left = gradients_of(self.left, lambda: self.right.mv(g) if full else self.right.mm(g.mT).mT)
         return left + gradients_of(self.right, lambda: self.left.T.mm(g))
 
     @property

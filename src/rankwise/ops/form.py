@@ -4,6 +4,7 @@ from enum import Enum
 
 from rankwise.ops.operator import LinearOperator
 
+VECTOR = 16  # numbers that a CPU multiplies at once, in float32
 ENTRY = 100  # multiply-adds in the time that forming, adding and differentiating a matrix takes for each entry
 NODE = 20_000_000  # and in the time of the small operations around it
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from rankwise.ops.form import VECTOR
 from rankwise.ops.operator import LowRank
 
 
@@ -118,7 +119,6 @@ def run(x: Tensor, parts: Sequence[Part], dropout: float = 0.0) -> tuple[Tensor,
 
 
 HALF = (torch.bfloat16, torch.float16)
-VECTOR = 16  # numbers that a CPU multiplies at once, in float32
 EACH = 5  # tensors of a part: weight, left, right, magnitude, norm
 
 
