@@ -243,3 +243,11 @@ def test_a_diagonal_between_two_matrices_makes_no_square():
 def test_a_product_lowers_to_its_least_inner_size():
     low_both = Product(low((), 6, 3, 4), low((), 4, 1, 5))
     assert low_both.rank == low_both.lower().left.shape[-1] == 1
+
+
+@pytest.mark.parametrize("core", [diagonal((), 3), d((), 3, 3)], ids=["diagonal", "dense"])
+def test_what_lies_between_goes_with_the_left_factor(core):
+    """So that where A is frozen (VeRA, LoRA-XS) no trained factor multiplies x, and x is not kept."""
+    a = torch.randn(3, 5, dtype=torch.float64)
+    pair = Product(d((), 4, 3), Product(core, Dense(a))).lower()
+    assert pair.right is a

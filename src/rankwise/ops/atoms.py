@@ -92,12 +92,14 @@ class Product(LinearOperator):
         return Product(self.right.T, self.left.T)
 
     def lower(self) -> LowRank | None:
-        if self.rank == self.left.shape[1]:
-            return LowRank(self.left.dense(), self.right.dense())
-        if self.rank == self.left.rank and (pair := self.left.lower()):
-            return LowRank(pair.left, self.right.T.mv(pair.right))
-        pair = self.right.lower()
-        return None if pair is None else LowRank(self.left.mm(pair.left), pair.right)
+        right, least = self.right, self.rank  # on a tie the last factor stays alone: if it is frozen, x is not kept
+        if isinstance(right, Product) and not isinstance(right.right, Product) and right.left.shape[1] == least:
+            return LowRank(Product(self.left, right.left).dense(), right.right.dense())
+        if right.rank == least and (pair := right.lower()):
+            return LowRank(self.left.mm(pair.left), pair.right)
+        if self.left.shape[1] == least or not (pair := self.left.lower()):
+            return LowRank(self.left.dense(), right.dense())
+        return LowRank(pair.left, right.T.mv(pair.right))
 
     def gradients(self, g: Tensor) -> list[Tensor | None]:
         if isinstance(self.left, Diagonal) or isinstance(self.right, Diagonal):
