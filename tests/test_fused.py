@@ -224,7 +224,7 @@ def test_what_a_form_costs_is_what_it_computes(m, n, r, tokens):
         if form is Form.LOW_RANK:  # the frozen weight's own products accumulate in place, which torch does not count
             assert counted == foreseen
         else:
-            assert counted - 2 * tokens * m * n == tokens * m * n + 10 * m * n * r <= foreseen
+            assert counted - 2 * tokens * m * n == tokens * m * n + 8 * m * n * r <= foreseen
 
 
 # -- siblings ------------------------------------------------------------------------------------

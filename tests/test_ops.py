@@ -27,6 +27,7 @@ from rankwise.ops import (
     Scattered,
     Sine,
     Sum,
+    Swap,
 )
 from rankwise.ops.operator import Cost, leaves, with_leaves
 from rankwise.ops.spectral import Circulant, Fourier, Haar, Sparse
@@ -44,7 +45,6 @@ def check_operator(op: LinearOperator, batch: tuple[int, ...] = ()) -> float:
     compare("operator law", dense, dense.expand(*batch, m, n), ".dense")
     compare("operator law", op.mv(x), x @ dense.mT, ".mv")
     compare("operator law", op.mm(x.mT), dense @ x.mT, ".mm")
-    compare("operator law", op.added(x.new_ones(m, n), -0.5), 1 - dense / 2, ".added")
     compare("operator law", op.T.dense(), dense.mT, ".T")
     compare("operator law", op.T.mv(z), z @ dense, ".T.mv")
     compare("operator law", op.T.T.mv(x), x @ dense.mT, ".T.T.mv")
@@ -59,10 +59,12 @@ def check_operator(op: LinearOperator, batch: tuple[int, ...] = ()) -> float:
     g = torch.randn(*batch, m, n, dtype=torch.float64)
     needed = [t for t in tensors if t.requires_grad]
     wanted = torch.autograd.grad(other.dense(), needed, g.expand_as(other.dense()))
-    gradients = other.gradients(g)
-    assert [found is None for found in gradients] == [not t.requires_grad for t in tensors]
-    for found, want in zip([found for found in gradients if found is not None], wanted, strict=True):
-        compare("operator law", found, want, ".gradients")
+    for one, how in ((other, ""), (other.formed(), ".formed()")):
+        compare("operator law", one.added(x.new_ones(m, n), 2.0), 1 + 2 * dense, f"{how}.added")
+        gradients = one.gradients(g)
+        assert [found is None for found in gradients] == [not t.requires_grad for t in tensors]
+        for found, want in zip([found for found in gradients if found is not None], wanted, strict=True):
+            compare("operator law", found, want, f"{how}.gradients")
     return compare.figures["operator"]
 
 
@@ -76,6 +78,10 @@ def diagonal(batch: Batch, n: int) -> Diagonal:
 
 def blocks(batch: Batch, k: int, b: int) -> BlockDiagonal:
     return BlockDiagonal(torch.randn(*batch, k, b, b, dtype=torch.float64))
+
+
+def swap(batch: Batch, n: int, k: int) -> Swap:
+    return Swap(n, k, torch.zeros(batch, dtype=torch.float64))
 
 
 def placed(batch: Batch, m: int, n: int, count: int) -> Placed:
@@ -144,6 +150,8 @@ OPERATORS: dict[str, Callable[[Batch], LinearOperator]] = {
     "pairs": lambda b: Pairs(*torch.randn(2, *b, 12, dtype=torch.float64), 6),
     "butterfly": lambda b: Butterfly(torch.randn(*b, 4, 4, 4, dtype=torch.float64), 2),
     "butterfly without a stride": lambda b: Butterfly(torch.randn(*b, 3, 2, 2, dtype=torch.float64), 1),
+    "swap between blocks": lambda b: Product(blocks(b, 2, 4), Product(swap(b, 8, 2), blocks(b, 2, 4))),
+    "swap between low ranks": lambda b: Product(Product(d(b, 6, 4), swap(b, 4, 2)), d(b, 4, 7)),
     "product of rotations": lambda b: Product(blocks(b, 3, 2), blocks(b, 2, 3)),
     "patterned": lambda b: Patterned(
         d(b, 6, 3).matrix, torch.randn(*b, 4, dtype=torch.float64), *torch.randint(0, 3, (2, *b, 4)), d(b, 3, 5).matrix
@@ -172,6 +180,8 @@ LOW = {
     "sum",
     "hadamard",
     "product of rotations",
+    "swap between blocks",
+    "swap between low ranks",
     "placed in a product",
     "repeated",
     "repeated and cut",
@@ -190,10 +200,16 @@ def test_which_operators_lower(name):
     assert (OPERATORS[name](()).lower() is not None) == (name in LOW)
 
 
+def parts(op: LinearOperator) -> list[LinearOperator]:
+    """An operator and all that it is made of."""
+    inner = [value for value in vars(op).values() if isinstance(value, LinearOperator)]
+    return [op, *(part for value in inner for part in parts(value))]
+
+
 def test_every_exported_operator_is_in_the_table():
     exported = {getattr(ops, name) for name in ops.__all__}
     concrete = {c for c in exported if issubclass(c, LinearOperator) and not inspect.isabstract(c)}
-    assert concrete == {type(make(())) for make in OPERATORS.values()}
+    assert concrete == {type(part) for make in OPERATORS.values() for part in parts(make(()))}
 
 
 def test_a_wrong_operator_is_caught():

@@ -5,11 +5,11 @@ from rankwise.ops.entries import Placed, Repeated, Sine
 from rankwise.ops.operator import LinearOperator, LowRank
 from rankwise.ops.patterned import Patterned
 from rankwise.ops.scattered import Scattered
-from rankwise.ops.sparse import Butterfly, Pairs
+from rankwise.ops.sparse import Butterfly, Pairs, Swap
 from rankwise.ops.spectral import Circulant, Fourier, Haar, Sparse
 
 __all__ = [
     "BlockDiagonal", "Butterfly", "Circuit", "Circulant", "Dense", "Diagonal", "Fourier", "Haar", "Hadamard",
     "Kronecker", "LinearOperator", "LowRank", "Pairs", "Patterned", "Placed", "Product", "Repeated", "Scaled",
-    "Scattered", "Sine", "Sparse", "Sum",
+    "Scattered", "Sine", "Sparse", "Sum", "Swap",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ Dynamo cannot trace ``@`` on user objects, hence ``Product(l, r)`` and not ``l @
 Letters: M rows, N columns, r rank, T tokens, k blocks, b block size; (*batch) everywhere.
 """
 
+import copy
 from collections.abc import Sequence
 from math import prod
 from typing import final
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.ops.form import VECTOR
-from rankwise.ops.operator import Cost, LinearOperator, LowRank, gradients_of
+from rankwise.ops.operator import Cost, LinearOperator, LowRank, gradients_of, trained
 
 
 @final
@@ -149,6 +150,9 @@ class Scaled(LinearOperator):
     def gradients(self, g: Tensor) -> list[Tensor | None]:
         return self.op.gradients(self._times(g))
 
+    def formed(self) -> LinearOperator:
+        return Scaled(self.op.formed(), self.scale)
+
     @property
     def rank(self) -> int | None:
         return self.op.rank
@@ -239,6 +243,8 @@ class Kronecker(LinearOperator):
 class Hadamard(LinearOperator):
     """``first * second`` elementwise; two low-rank terms give rank r1 r2 (row-wise Khatri-Rao)."""
 
+    held: tuple[Tensor, ...] = ()  # the matrices of both, where they are formed once
+
     def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
         self.first, self.second = first, second
         self.shape = first.shape
@@ -246,8 +252,11 @@ class Hadamard(LinearOperator):
     def mv(self, x: Tensor) -> Tensor:
         return x @ self.dense().to(x.dtype).mT
 
+    def _matrix(self, i: int) -> Tensor:
+        return self.held[i] if self.held else (self.first, self.second)[i].dense()
+
     def dense(self) -> Tensor:
-        return self.first.dense() * self.second.dense()
+        return self._matrix(0) * self._matrix(1)
 
     @property
     def T(self) -> LinearOperator:
@@ -262,12 +271,18 @@ class Hadamard(LinearOperator):
         return LowRank(left, right)
 
     def added(self, weight: Tensor, scale: float = 1.0) -> Tensor:
-        one, two = (op.dense().to(weight.dtype) for op in (self.first, self.second))
+        one, two = (self._matrix(i).to(weight.dtype) for i in (0, 1))
         return torch.addcmul(weight, one, two, value=scale)
 
     def gradients(self, g: Tensor) -> list[Tensor | None]:
-        first = gradients_of(self.first, lambda: g * self.second.dense())
-        return first + gradients_of(self.second, lambda: g * self.first.dense())
+        first = gradients_of(self.first, lambda: g * self._matrix(1))
+        return first + gradients_of(self.second, lambda: g * self._matrix(0))
+
+    def formed(self) -> LinearOperator:
+        other = copy.copy(self)
+        if trained(self.first) and trained(self.second):  # else only one of them is asked for again
+            other.held = self.first.dense(), self.second.dense()
+        return other
 
     @property
     def rank(self) -> int | None:

@@ -89,6 +89,10 @@ class LinearOperator(ABC):
         found = iter(torch.autograd.grad(dense, needed, g, create_graph=torch.is_grad_enabled()))
         return [next(found) if t.requires_grad else None for t in tensors]
 
+    def formed(self) -> LinearOperator:
+        """The same map for one backward, of what ``added`` and ``gradients`` both form the matrix at hand."""
+        return self
+
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the matrix, the embedding look-up: index (*batch, T) -> (*batch, T, N)."""
         pair = self.lower()
@@ -110,8 +114,12 @@ def leaves(op: LinearOperator) -> list[Tensor]:
 
 def gradients_of(op: LinearOperator, g: Callable[[], Tensor]) -> list[Tensor | None]:
     """``op.gradients(g())``; g is not even made where nothing needs it."""
-    tensors = leaves(op)
-    return op.gradients(g()) if any(t.requires_grad for t in tensors) else [None] * len(tensors)
+    return op.gradients(g()) if trained(op) else [None] * len(leaves(op))
+
+
+def trained(op: LinearOperator) -> bool:
+    """Whether something in it needs a gradient."""
+    return any(t.requires_grad for t in leaves(op))
 
 
 def with_leaves(op: LinearOperator, tensors: Iterator[Tensor]) -> LinearOperator:

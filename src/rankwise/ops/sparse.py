@@ -1,4 +1,4 @@
-"""Operators that mix few entries at a time: pairs, and blocks of interleaved entries.
+"""Operators that mix few entries at a time, or none: pairs, blocks of interleaved entries, an exchange.
 
 Letters: N columns, k blocks, b block size, T tokens; (*batch) everywhere.
 """
@@ -22,22 +22,24 @@ class Pairs(LinearOperator):
         self.c, self.s, self.group = c, s, group
         self.shape = c.shape[-1], c.shape[-1]
 
-    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _exchanged(self, x: Tensor) -> Tensor:
         one, two = x.unflatten(-1, (-1, 2, self.group // 2)).unbind(-2)
-        return one, two
+        return torch.stack([two, one], dim=-2).flatten(-3)
+
+    def _signed(self) -> Tensor:
+        one, two = self.s.unflatten(-1, (-1, 2, self.group // 2)).unbind(-2)
+        return torch.stack([-one, two], dim=-2).flatten(-3)
 
     def mv(self, x: Tensor) -> Tensor:
-        one, two = self._halves(x)
-        turned = torch.stack([-two, one], dim=-2).flatten(-3)
-        return x * self.c.to(x.dtype).unsqueeze(-2) + turned * self.s.to(x.dtype).unsqueeze(-2)
+        c, s = (t.to(x.dtype).unsqueeze(-2) for t in (self.c, self._signed()))
+        return torch.addcmul(x * c, self._exchanged(x), s)
 
     def dense(self) -> Tensor:
         return self.mv(torch.eye(self.shape[0], dtype=self.c.dtype, device=self.c.device)).mT
 
     @property
     def T(self) -> LinearOperator:
-        one, two = self._halves(self.s)
-        return Pairs(self.c, -torch.stack([two, one], dim=-2).flatten(-3), self.group)
+        return Pairs(self.c, -self._exchanged(self.s), self.group)
 
     @property
     def cost(self) -> Cost:
@@ -77,3 +79,34 @@ class Butterfly(LinearOperator):
     def cost(self) -> Cost:
         n, b = self.shape[0], self.blocks.shape[-1]
         return Cost(n * b, n * n)
+
+
+@final
+class Swap(LinearOperator):
+    """The permutation that exchanges the first two of entries' three indices (i, j, e), i and j below k.
+
+    Args:
+        size: N, a multiple of k^2.
+        k: how many blocks there are, and how many parts of each.
+        like: (*batch,), of the dtype and on the device that it is formed in; it is not kept.
+    """
+
+    def __init__(self, size: int, k: int, like: Tensor) -> None:
+        self.k, self.batch, self.dtype, self.device = k, like.shape, like.dtype, like.device
+        self.shape = size, size
+
+    def mv(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.k, self.k, -1)).transpose(-3, -2).flatten(-3)
+
+    def dense(self) -> Tensor:
+        n = self.shape[0]
+        return self.mv(torch.eye(n, dtype=self.dtype, device=self.device).expand(*self.batch, n, n))
+
+    @property
+    def T(self) -> LinearOperator:
+        return self
+
+    @property
+    def cost(self) -> Cost:
+        n = self.shape[0]
+        return Cost(n, n * n)

@@ -63,6 +63,7 @@ class _Whole(Function):
         g, op = grads[0], ctx.op
         if any(a is not b for a, b in zip(leaves(op), tensors, strict=True)):  # parameters come back as they are
             op = with_leaves(op, iter(tensors))
+        op = op.formed()
         dx = _through(g, *_matrices(op, weight, g)) if ctx.needs_input_grad[1] else None
         dense = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
         found = op.gradients(dense.to(tensors[-1].dtype))

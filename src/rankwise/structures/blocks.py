@@ -11,7 +11,7 @@ import torch
 
 from rankwise.errors import RankError
 from rankwise.host import Site
-from rankwise.ops import BlockDiagonal, Dense, LinearOperator, Placed, Product, Sum
+from rankwise.ops import BlockDiagonal, Dense, LinearOperator, Placed, Product, Sum, Swap
 from rankwise.structures.lowrank import Ranked
 from rankwise.structures.structure import Additive, Factor, Factors, Start, check_rank
 
@@ -119,8 +119,6 @@ class GraLoRA(Blocked):
 
     def operator(self, f: Factors) -> LinearOperator:
         k, _, r = f["b"].shape[-3:]
-        at = torch.arange(k * r, device=f["b"].device)
-        swapped = at.unflatten(0, (k, k, -1)).transpose(0, 1).flatten()
-        swap = Placed(f["b"].new_ones(*f["b"].shape[:-3], k * r), at, swapped, (k * r, k * r))
+        swap = Swap(k * r, k, f["b"][..., 0, 0, 0])
         grid = Product(BlockDiagonal(f["b"]), Product(swap, BlockDiagonal(f["a"])))
         return Sum(grid, Product(Dense(f["whole_b"]), Dense(f["whole_a"]))) if self.hybrid else grid

@@ -128,11 +128,11 @@ class Bat(Leaf):
         return {"d": Factor({"block": site.rows // r, "row": r, "column": r})}
 
     def _update(self, f: Factors, w: Tensor) -> Tensor:
-        d = f["d"].unsqueeze(-3)  # (*batch, blocks, 1, r, r)
-        parts = w.to(torch.promote_types(w.dtype, d.dtype))
-        parts = parts.unflatten(-1, (-1, self.rank)).unflatten(-3, (-1, self.rank)).transpose(-3, -2)
-        changed = parts @ d + d  # (*batch, blocks of rows, blocks of columns, r, r)
-        return changed.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+        d = f["d"]  # (*batch, blocks, r, r)
+        parts = w.to(torch.promote_types(w.dtype, d.dtype)).unflatten(-2, (-1, self.rank)).flatten(-2)
+        changed = parts.unflatten(-1, (-1, self.rank)) @ d  # (*batch, blocks of rows, r times blocks of columns, r)
+        beside = changed.unflatten(-2, (self.rank, -1)) + d.unsqueeze(-2)
+        return beside.flatten(-2).flatten(-3, -2)
 
     def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
         return host.plus(Correction(Dense(self._update(f, host.weight()))), x)

@@ -158,7 +158,7 @@ class PVeRA(Ranked, Leaf):
         mean, log = host.mv(Product(Diagonal(f["u"]), Dense(a)), host.drop(x)).chunk(2, -1)
         z = mean + torch.randn_like(mean) * (log / 2).exp()
         b = f["v"].unsqueeze(-1) * f["b"][..., : f["v"].shape[-1], :] * self.scale
-        return host(x) + Dense(b).mv(flat_tokens(z)).reshape(*x.shape[:-1], b.shape[-2])
+        return host.onto(Dense(b).mv(flat_tokens(z)).reshape(*x.shape[:-1], b.shape[-2]), x)
 
     def weight(self, f: Factors, w: Tensor) -> Tensor:
         return w + self._delta(f).dense()
