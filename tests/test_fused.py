@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import rankwise as rw
-from rankwise.ops import Dense, Hadamard, Kronecker, LinearOperator, Product, Repeated, Scaled, fused, whole
+from rankwise.ops import Dense, Hadamard, Kronecker, LinearOperator, Product, Repeated, Scaled, Sparse, fused, whole
 from rankwise.ops.form import Form, cheapest, costs
 from rankwise.structures import HiRA, LoHa, LoRA, Magnitude
 from rankwise.testing.compare import Comparison
@@ -186,6 +186,11 @@ def hadamard(m: int, n: int, r: int) -> Hadamard:
     return Hadamard(*(Product(Dense(torch.ones(m, r)), Dense(torch.ones(r, n))) for _ in range(2)))
 
 
+def few(n: int, entries: int) -> Sparse:
+    place = torch.randperm(n * n)[:entries]
+    return Sparse(torch.ones(entries), place // n, place % n, (n, n))
+
+
 @pytest.mark.parametrize(
     ("op", "tokens", "together", "form"),
     [
@@ -196,7 +201,11 @@ def hadamard(m: int, n: int, r: int) -> Hadamard:
         (hadamard(256, 256, 16), 512, False, Form.WHOLE),
         (hadamard(256, 256, 16), 8, True, Form.LOW_RANK),
         (Kronecker(Dense(torch.ones(16, 16)), Dense(torch.ones(16, 16))), 512, True, Form.OWN),
-        (Repeated(torch.ones(256, 16), 256), 512, True, Form.OWN),
+        (Repeated(torch.ones(256, 16), 256), 512, True, Form.LOW_RANK),
+        (Repeated(torch.ones(256, 32), 256), 512, True, Form.OWN),
+        (few(1024, 2**15), 512, True, Form.WHOLE),
+        (few(1024, 2**13), 512, True, Form.OWN),
+        (few(1024, 2**15), 512, False, Form.OWN),
         (Hadamard(Dense(torch.ones(64, 64)), hadamard(64, 64, 2)), 512, True, Form.WHOLE),
     ],
 )

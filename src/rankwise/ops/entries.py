@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rankwise.ops.atoms import Dense, Product
+from rankwise.ops.form import VECTOR
 from rankwise.ops.operator import Cost, LinearOperator, LowRank, gradients_of
 
 
@@ -70,7 +71,7 @@ class Repeated(LinearOperator):
     @property
     def cost(self) -> Cost:
         m, r = self.block.shape[-2:]
-        return Cost(self.size + m * r, m * self.size)
+        return Cost(VECTOR * self.size + m * r, m * self.size)  # to read an entry is to multiply it by so many
 
 
 @final

@@ -15,7 +15,8 @@ from torch.autograd import Function
 from rankwise.ops.operator import Cost, LinearOperator, LowRank, gather_rows
 
 FOURIER = 128  # multiply-adds in the time that a Fourier transform takes for each entry, there and back
-PLACE = 8  # and a sparse product for each of its entries
+COLUMN = 64  # to lay it out for a sparse product, there and back
+PLACE = 12  # and that product for each of the matrix's entries
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -92,10 +93,20 @@ class Sparse(LinearOperator):
             y: Tensor = _Spread.apply(columns, values, row, col, len(parts) * m)
         return y.unflatten(0, (-1, m)).mT.reshape(*x.shape[:-1], m).to(x.dtype)
 
+    @property
+    def _places(self) -> Tensor:
+        return self.row * self.shape[1] + self.col
+
     def dense(self) -> Tensor:
-        (m, n), v = self.shape, self.values
-        full = v.new_zeros(*v.shape[:-1], m * n)
-        return full.scatter_add(-1, self.row * n + self.col, v).unflatten(-1, (m, n)).squeeze(-3)
+        return self.added(self.values.new_zeros(self.shape))
+
+    def added(self, weight: Tensor, scale: float = 1.0) -> Tensor:
+        values = self.values.to(weight.dtype) * scale
+        flat = weight.flatten(-2).unsqueeze(-2).expand(*values.shape[:-1], -1)
+        return flat.scatter_add(-1, self._places, values).unflatten(-1, self.shape).squeeze(-3)
+
+    def gradients(self, g: Tensor) -> list[Tensor | None]:
+        return [None, None, g.flatten(-2).unsqueeze(-2).gather(-1, self._places)]
 
     @property
     def T(self) -> "Sparse":
@@ -113,7 +124,8 @@ class Sparse(LinearOperator):
 
     @property
     def cost(self) -> Cost:
-        return Cost(PLACE * self.values.shape[-1], self.shape[0] * self.shape[1])
+        m, n = self.shape
+        return Cost(COLUMN * (m + n) + PLACE * self.values.shape[-1], m * n)
 
 
 @final
@@ -202,7 +214,7 @@ class Haar(LinearOperator):
     @property
     def cost(self) -> Cost:
         m, n = self.shape
-        return Cost(PLACE * (m + n) + self.coefficients.cost.apply, 4 * m * n)
+        return Cost(8 * (m + n) + self.coefficients.cost.apply, 4 * m * n)
 
 
 @final
