@@ -78,11 +78,11 @@ class _MatrixHost(LayerHost):
             return None
         return run_whole(x, self.matrix(self.module.weight), op)
 
-    def onto(self, y: Tensor, x: Tensor) -> Tensor:
-        if not isinstance(self.storage, DenseWeight) or y.dtype != x.dtype or not self._direct(x, x.shape[-1]):
-            return super().onto(y, x)
-        rows, weight = y.reshape(-1, y.shape[-1]), self.matrix(self.module.weight)
-        return torch.addmm(rows, x.reshape(-1, x.shape[-1]), weight.mT).view(y.shape)
+    def beside(self, x: Tensor, update: Callable[[], Tensor]) -> Tensor:
+        if not isinstance(self.storage, DenseWeight) or not self._direct(x, x.shape[-1]):
+            return super().beside(x, update)
+        y, more = self(x), update()  # in this order, so that in backward too the product's share is added in place
+        return y.add_(more) if more.dtype == y.dtype else y + more
 
     def _direct(self, x: Tensor, n: int) -> bool:
         """Whether a node of ours may multiply x, n wide, by the stored weight: nothing else would cast or gather."""

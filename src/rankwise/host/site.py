@@ -123,9 +123,9 @@ class Host(ABC):
         """The map of ``W + op`` by the matrix of op, None where that is not its cheapest form."""
         return None
 
-    def onto(self, y: Tensor, x: Tensor) -> Tensor:
-        """The frozen map of x added to y; a host may let its product accumulate on y."""
-        return self(x) + y
+    def beside(self, x: Tensor, update: Callable[[], Tensor]) -> Tensor:
+        """The frozen map of x, and what an update gives then added to it; a host may add in place."""
+        return self(x) + update()
 
     @abstractmethod
     def row_norm(self, op: LinearOperator) -> Tensor:
@@ -141,7 +141,7 @@ class Host(ABC):
         if magnitude is not None and norm is not None:
             return self.scale_rows(magnitude / norm, lambda x: self.plus(Correction(op), x), x)
         y = self.whole(op, x)
-        return self.onto(self._dropped(op, x), x) if y is None else y
+        return self.beside(x, lambda: self._dropped(op, x)) if y is None else y
 
     @final
     def _dropped(self, op: LinearOperator, x: Tensor) -> Tensor:

@@ -155,10 +155,14 @@ class PVeRA(Ranked, Leaf):
             return host.plus(correction, x)
         span, a = f.get("span"), f["a"]
         a = a if span is None else a[..., : span.shape[-1]]
-        mean, log = host.mv(Product(Diagonal(f["u"]), Dense(a)), host.drop(x)).chunk(2, -1)
-        z = mean + torch.randn_like(mean) * (log / 2).exp()
         b = f["v"].unsqueeze(-1) * f["b"][..., : f["v"].shape[-1], :] * self.scale
-        return host.onto(Dense(b).mv(flat_tokens(z)).reshape(*x.shape[:-1], b.shape[-2]), x)
+
+        def drawn() -> Tensor:
+            mean, log = host.mv(Product(Diagonal(f["u"]), Dense(a)), host.drop(x)).chunk(2, -1)
+            z = mean + torch.randn_like(mean) * (log / 2).exp()
+            return Dense(b).mv(flat_tokens(z)).reshape(*x.shape[:-1], b.shape[-2])
+
+        return host.beside(x, drawn)
 
     def weight(self, f: Factors, w: Tensor) -> Tensor:
         return w + self._delta(f).dense()
