@@ -48,6 +48,7 @@ LEVELS = [
     {"select"},
     {"__init__"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 PROTOCOLS = {

@@ -6,8 +6,10 @@ import sys
 from dataclasses import fields
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import rankwise.methods  # noqa: F401  (for sys.modules)
+from rankwise import attach, recipe
 from rankwise.errors import OutputExists
 from rankwise.hf.folder import LOCK, claimed
 from rankwise.hf.run import Run
@@ -58,6 +60,7 @@ def test_targets_and_data(rankwise, tiny, files):
         (["{tiny}", "{pairs}", "--out", "o", "--base", "int3"], "nf4"),
         (["{tiny}", "{pairs}", "--out", "o", "--task", "vision"], "causal-lm"),
         (["{tiny}", "{pairs}", "--out", "o", "--bogus"], "bogus"),
+        (["{tiny}", "{pairs}", "-o", "folder"], "--out"),
         (["absent.yaml"], "absent.yaml"),
         (["{tiny}", "{pairs}", "--out", "o", "--steps", "4", "--lr", "1e30"], "learning rate"),
     ],
@@ -68,6 +71,15 @@ def test_wrong_input_is_told_so_in_a_sentence(rankwise, tiny, files, arguments, 
     assert done.code == 2
     assert says in done.err and "Traceback" not in done.err
     assert not done.out
+
+
+def test_places_are_no_parameters(rankwise, tiny, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    adapter = attach(model, recipe("shira", rank=2))
+    adapter.save(tmp_path / "few")
+    found = rankwise("inspect", "few", "--json").json
+    assert found["parameters"] == sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    assert found["largest_value"] == 0  # of the entries, not of their rows and columns
 
 
 def test_every_setting_of_a_run_is_an_option(rankwise, tiny, files, tmp_path, monkeypatch):

@@ -38,6 +38,8 @@ def test_a_run_from_end_to_end(rankwise, tiny, files, trained):
     done = rankwise("inspect", trained, "--json")
     assert done.json["method"] == "lora" and len(done.json["sites"]) == 14
     assert done.json["run"]["data"].endswith("pairs.jsonl")
+    done = rankwise("evaluate", trained, files / "pairs.jsonl")
+    assert done.code == 2 and f"--adapter {trained}" in done.err
 
     done = rankwise("merge", tiny, trained, "--out", "merged", "--json")
     assert done.code == 0 and "differ by" in done.json["difference"]

@@ -108,7 +108,10 @@ def pairs(texts: Iterable[str] | None) -> dict[str, Any]:
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not (name and equals):
-            raise DataError(f"A change is written name=value; found {text!r}.")
+            raise DataError(
+                f"A change to a run, and an argument of a method (-o), is written NAME=VALUE; found {text!r}. The "
+                f"folder for the result is --out."
+            )
         found[name.replace("-", "_")] = value
         with suppress(ValueError):
             found[name.replace("-", "_")] = json.loads(value)

@@ -14,19 +14,26 @@ from rankwise.candidates import HEADS
 from rankwise.errors import MissingDependency, ModelFileError
 
 EMBEDDED = "embedded"  # the name of the small model that the package ships
+ADAPTERS = "adapter.safetensors", "adapter_config.json"  # in the folder of an adapter, ours and PEFT's
 
 
 def locate(model: str | Path) -> str:
     """What ``from_pretrained`` takes for "embedded", a folder, or a hub id ("org/name").
 
     Raises:
-        ModelFileError: there is no such folder.
+        ModelFileError: there is no such folder, or an adapter is in it.
     """
     if str(model) == EMBEDDED:
         return str(embedded.path())
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)) and not HF_HUB_OFFLINE
     if not on_hub and not Path(model).exists():
         raise ModelFileError(f'A model is a folder of save_pretrained, or "{EMBEDDED}"; there is nothing at {model}.')
+    folder = Path(model)
+    if not (folder / "config.json").exists() and any((folder / name).exists() for name in ADAPTERS):
+        raise ModelFileError(
+            f"A model is a folder of save_pretrained; {model} is an adapter. Give the model that it was trained on, "
+            f"and the adapter beside it (--adapter {model})."
+        )
     return str(model)
 
 
