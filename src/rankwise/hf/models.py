@@ -32,7 +32,7 @@ def locate(model: str | Path) -> str:
     if not (folder / "config.json").exists() and any((folder / name).exists() for name in ADAPTERS):
         raise ModelFileError(
             f"A model is a folder of save_pretrained; {model} is an adapter. Give the model that it was trained on, "
-            f"and the adapter beside it (--adapter {model})."
+            f"and the adapter beside it (to evaluate or generate: --adapter {model})."
         )
     return str(model)
 

@@ -90,7 +90,7 @@ class LinearOperator(ABC):
         return [next(found) if t.requires_grad else None for t in tensors]
 
     def formed(self) -> LinearOperator:
-        """The same map for one backward, of what ``added`` and ``gradients`` both form the matrix at hand."""
+        """The same operator for one backward, holding what ``added`` and ``gradients`` would each form."""
         return self
 
     def rows(self, index: Tensor) -> Tensor:

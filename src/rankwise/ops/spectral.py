@@ -15,6 +15,7 @@ from torch.autograd import Function
 from rankwise.ops.operator import Cost, LinearOperator, LowRank, gather_rows
 
 FOURIER = 128  # multiply-adds in the time that a Fourier transform takes for each entry, there and back
+WAVELET = 8  # a wavelet transform
 COLUMN = 64  # to lay it out for a sparse product, there and back
 PLACE = 12  # and that product for each of the matrix's entries
 
@@ -214,7 +215,7 @@ class Haar(LinearOperator):
     @property
     def cost(self) -> Cost:
         m, n = self.shape
-        return Cost(8 * (m + n) + self.coefficients.cost.apply, 4 * m * n)
+        return Cost(WAVELET * (m + n) + self.coefficients.cost.apply, 4 * m * n)
 
 
 @final
