@@ -1,6 +1,6 @@
 """k adapters trained together, each on b rows of one batch, against one adapter on all k b rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -66,7 +66,7 @@ def together_cell(case: Case, k: int, rounds: int) -> dict[str, Any]:
     return {"case": asdict(case), "k": k, "b": b, **rows(seen, {name: "one" for name in found if name != "one"})}
 
 
-def run(quick: bool, device: str, threads: list[int]) -> list[dict[str, Any]]:
+def run(quick: bool, device: str, threads: list[int], dtypes: Sequence[str]) -> list[dict[str, Any]]:
     """All cells."""
     if quick:
         return [together_cell(Case(128, layers=2, batch=4, tokens=32, device=device), 4, 5)]
@@ -74,5 +74,6 @@ def run(quick: bool, device: str, threads: list[int]) -> list[dict[str, Any]]:
         Case(hidden, dtype, batch=8 * b, tokens=64 // b, threads=n, device=device)
         for n in threads
         for hidden, dtype, b in ((256, "float32", 1), (256, "float32", 2), (512, "float32", 1), (256, "bfloat16", 1))
+        if dtype in dtypes
     ]
     return [together_cell(case, 8, 31) for case in cases]
