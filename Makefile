@@ -28,7 +28,7 @@ docs: $(READY)   ## build the manual into site/
 tests: $(READY)  ## unit tests, laws, doctests and the commands of README.md
 	$(BIN)/pytest -q -n $(WORKERS)
 
-bench: $(READY)  ## measure speed and memory, an hour; ARGS=--quick, ARGS='--device cuda'
+bench: $(READY)  ## measure speed and memory, two hours; ARGS=--quick, ARGS='--device cuda'
 	$(BIN)/python -m benchmarks $(ARGS)
 
 format: $(READY) ## mend style and formatting in place
