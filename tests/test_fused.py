@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import rankwise as rw
-from rankwise.ops import Dense, Hadamard, Kronecker, LinearOperator, Product, Repeated, Scaled, Sparse, fused, whole
+from rankwise.ops import Dense, Fold, Hadamard, Kronecker, LinearOperator, Product, Scaled, Sparse, fused, whole
 from rankwise.ops.form import Form, cheapest, costs
 from rankwise.structures import HiRA, LoHa, LoRA, Magnitude
 from rankwise.testing.compare import Comparison
@@ -191,6 +191,10 @@ def few(n: int, entries: int) -> Sparse:
     return Sparse(torch.ones(entries), place // n, place % n, (n, n))
 
 
+def folded(n: int, rank: int) -> Product:
+    return Product(Dense(torch.ones(n, rank)), Fold(n, rank, torch.ones(())))
+
+
 @pytest.mark.parametrize(
     ("op", "tokens", "together", "form"),
     [
@@ -201,8 +205,8 @@ def few(n: int, entries: int) -> Sparse:
         (hadamard(256, 256, 16), 512, False, Form.WHOLE),
         (hadamard(256, 256, 16), 8, True, Form.LOW_RANK),
         (Kronecker(Dense(torch.ones(16, 16)), Dense(torch.ones(16, 16))), 512, True, Form.OWN),
-        (Repeated(torch.ones(256, 16), 256), 512, True, Form.LOW_RANK),
-        (Repeated(torch.ones(256, 32), 256), 512, True, Form.OWN),
+        (folded(256, 16), 512, True, Form.LOW_RANK),
+        (folded(256, 32), 512, True, Form.OWN),
         (few(1024, 2**15), 512, True, Form.WHOLE),
         (few(1024, 2**13), 512, True, Form.OWN),
         (few(1024, 2**15), 512, False, Form.OWN),

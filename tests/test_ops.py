@@ -15,22 +15,22 @@ from rankwise.ops import (
     Circuit,
     Dense,
     Diagonal,
+    Exchange,
+    Fold,
     Hadamard,
     Kronecker,
     LinearOperator,
     Pairs,
     Patterned,
-    Placed,
     Product,
-    Repeated,
     Scaled,
     Scattered,
     Sine,
+    Sparse,
     Sum,
-    Swap,
 )
 from rankwise.ops.operator import Cost, leaves, with_leaves
-from rankwise.ops.spectral import Circulant, Fourier, Haar, Sparse
+from rankwise.ops.spectral import Circulant, Fourier, Haar
 from rankwise.testing.compare import Comparison
 
 Batch = tuple[int, ...]
@@ -80,14 +80,12 @@ def blocks(batch: Batch, k: int, b: int) -> BlockDiagonal:
     return BlockDiagonal(torch.randn(*batch, k, b, b, dtype=torch.float64))
 
 
-def swap(batch: Batch, n: int, k: int) -> Swap:
-    return Swap(n, k, torch.zeros(batch, dtype=torch.float64))
+def exchange(batch: Batch, n: int, first: int, second: int) -> Exchange:
+    return Exchange(n, first, second, torch.zeros(batch, dtype=torch.float64))
 
 
-def placed(batch: Batch, m: int, n: int, count: int) -> Placed:
-    """More entries than places, so that some add up."""
-    rows, cols = torch.randint(0, m, (count,)), torch.randint(0, n, (count,))
-    return Placed(torch.randn(*batch, count, dtype=torch.float64), rows, cols, (m, n))
+def fold(batch: Batch, size: int, side: int, wraps: bool = False) -> Fold:
+    return Fold(size, side, torch.zeros(batch, dtype=torch.float64), wraps)
 
 
 def patterned(batch: Batch, m: int, k: int, n: int) -> Patterned:
@@ -143,15 +141,18 @@ OPERATORS: dict[str, Callable[[Batch], LinearOperator]] = {
     "hadamard with dense": lambda b: Hadamard(low(b, 6, 2, 5), d(b, 6, 5)),
     "sine": lambda b: Sine(low(b, 6, 2, 5)),
     "sine of dense": lambda b: Sine(d(b, 6, 5)),
-    "placed": lambda b: placed(b, 4, 3, 20),
-    "repeated": lambda b: Repeated(d(b, 4, 3).matrix, 6),
-    "repeated and cut": lambda b: Repeated(d(b, 4, 3).matrix, 7),
-    "placed in a product": lambda b: Product(d(b, 6, 4), Product(placed(b, 4, 3, 5), d(b, 3, 5))),
+    "folded": lambda b: Product(d(b, 4, 3), fold(b, 6, 3)),
+    "folded and cut": lambda b: Product(d(b, 4, 3), fold(b, 7, 3)),
+    "folded, wrapping": lambda b: Product(d(b, 4, 3), fold(b, 7, 3, wraps=True)),
+    "folded to more": lambda b: Product(d(b, 4, 5), fold(b, 3, 5)),
+    "repeated": lambda b: Product(fold(b, 7, 3).T, low(b, 3, 2, 5)),
+    "repeated, wrapping": lambda b: Product(fold(b, 7, 3, wraps=True).T, d(b, 3, 5)),
     "pairs": lambda b: Pairs(*torch.randn(2, *b, 12, dtype=torch.float64), 6),
     "butterfly": lambda b: Butterfly(torch.randn(*b, 4, 4, 4, dtype=torch.float64), 2),
     "butterfly without a stride": lambda b: Butterfly(torch.randn(*b, 3, 2, 2, dtype=torch.float64), 1),
-    "swap between blocks": lambda b: Product(blocks(b, 2, 4), Product(swap(b, 8, 2), blocks(b, 2, 4))),
-    "swap between low ranks": lambda b: Product(Product(d(b, 6, 4), swap(b, 4, 2)), d(b, 4, 7)),
+    "exchange between blocks": lambda b: Product(blocks(b, 2, 4), Product(exchange(b, 8, 2, 2), blocks(b, 2, 4))),
+    "exchange between low ranks": lambda b: Product(Product(d(b, 6, 4), exchange(b, 4, 2, 2)), d(b, 4, 7)),
+    "exchange of unlike indices": lambda b: Product(d(b, 5, 12), Product(exchange(b, 12, 2, 3), d(b, 12, 4))),
     "product of rotations": lambda b: Product(blocks(b, 3, 2), blocks(b, 2, 3)),
     "patterned": lambda b: Patterned(
         d(b, 6, 3).matrix, torch.randn(*b, 4, dtype=torch.float64), *torch.randint(0, 3, (2, *b, 4)), d(b, 3, 5).matrix
@@ -180,11 +181,15 @@ LOW = {
     "sum",
     "hadamard",
     "product of rotations",
-    "swap between blocks",
-    "swap between low ranks",
-    "placed in a product",
+    "exchange between blocks",
+    "exchange between low ranks",
+    "exchange of unlike indices",
+    "folded",
+    "folded and cut",
+    "folded, wrapping",
+    "folded to more",
     "repeated",
-    "repeated and cut",
+    "repeated, wrapping",
 }
 
 

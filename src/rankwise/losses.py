@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rankwise.activity import Routing
 from rankwise.errors import AttachError, TrainingError
 from rankwise.graft import Grafted
+from rankwise.ops.linalg import widened
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits; a step holds about four times as much
 
@@ -143,7 +144,7 @@ def linear_cross_entropy(
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             y = head(x).flatten(0, -2)
             y = y if transform is None else transform(y)
-            y = y.to(torch.promote_types(y.dtype, torch.float32))
+            y = widened(y)
             y = y if scale == 1.0 else y * scale
             y = y if softcap is None else softcap * torch.tanh(y / softcap)
             target = targets[part].flatten().to(y.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from rankwise._recipe import Recipe
 from rankwise.adapter import Placement
 from rankwise.host import Site
+from rankwise.ops.linalg import widened
 from rankwise.structures import Structure
 
 
@@ -37,7 +38,7 @@ def start(
 
     def weight() -> Tensor:
         w = host.weight().detach()
-        return w.to(torch.promote_types(w.dtype, torch.float32))
+        return widened(w)
 
     with torch.no_grad():
         found, still = placement.structure.start(site, weight, leaf), {id(v) for v in begun.values()}

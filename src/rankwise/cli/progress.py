@@ -9,6 +9,7 @@ from typing import Any
 from rankwise.cli import common
 from rankwise.errors import PlanError
 from rankwise.hf.finetune import Listener, Prepared, Result
+from rankwise.io import FILE
 
 
 class Display(Listener):
@@ -78,7 +79,7 @@ def plan(prepared: Prepared) -> tuple[dict[str, Any], str]:
 def outcome(result: Result) -> tuple[Any, ...]:
     """The end of a run: a table and what lies where."""
     own = ("the base's own text", result.own_before, result.own_after)
-    file = Path(result.out) / "adapter.safetensors"
+    file = Path(result.out) / FILE
     return (
         common.scores(("validation", result.before, result.after), own),
         f"{result.steps} steps in {result.seconds:.0f} s, {result.tokens:,} tokens; training loss {result.loss:.3f}",

@@ -8,9 +8,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout  # which torch brings
 
 from rankwise.errors import OutputExists, SaveError
+from rankwise.io import FILE
 
 LOCK = ".rankwise.lock"
-OURS = ("checkpoint-*", "adapter.safetensors", "run.yaml", "metrics.jsonl", "loss.png")
+OURS = ("checkpoint-*", FILE, "run.yaml", "metrics.jsonl", "loss.png")
 
 
 @contextmanager

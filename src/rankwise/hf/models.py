@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from rankwise import embedded
 from rankwise.candidates import HEADS
 from rankwise.errors import MissingDependency, ModelFileError
+from rankwise.formats.peft.config import CONFIG
+from rankwise.io import FILE
 
 EMBEDDED = "embedded"  # the name of the small model that the package ships
-ADAPTERS = "adapter.safetensors", "adapter_config.json"  # in the folder of an adapter, ours and PEFT's
 
 
 def locate(model: str | Path) -> str:
@@ -29,7 +30,7 @@ def locate(model: str | Path) -> str:
     if not on_hub and not Path(model).exists():
         raise ModelFileError(f'A model is a folder of save_pretrained, or "{EMBEDDED}"; there is nothing at {model}.')
     folder = Path(model)
-    if not (folder / "config.json").exists() and any((folder / name).exists() for name in ADAPTERS):
+    if not (folder / "config.json").exists() and any((folder / name).exists() for name in (FILE, CONFIG)):
         raise ModelFileError(
             f"A model is a folder of save_pretrained; {model} is an adapter. Give the model that it was trained on, "
             f"and the adapter beside it (to evaluate or generate: --adapter {model})."

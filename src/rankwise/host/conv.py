@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rankwise.host.norms import dense_row_norm
 from rankwise.host.site import LayerHost, Site
 from rankwise.ops import Dense, LinearOperator
+from rankwise.ops.linalg import widened
 
 _CONV = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 _TRANSPOSED = {1: nn.functional.conv_transpose1d, 2: nn.functional.conv_transpose2d, 3: nn.functional.conv_transpose3d}
@@ -100,7 +101,7 @@ class ConvHost(LayerHost):
 
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         w = self.weight()
-        return self.mv(Dense(op.T.mv(w.to(torch.promote_types(w.dtype, torch.float32)))), x)
+        return self.mv(Dense(op.T.mv(widened(w))), x)
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
         bias = self.module.bias

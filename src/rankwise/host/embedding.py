@@ -15,6 +15,7 @@ from rankwise.host.linear import scale_last
 from rankwise.host.norms import dense_row_norm
 from rankwise.host.site import LayerHost, Site, turn_last
 from rankwise.ops import Dense, LinearOperator
+from rankwise.ops.linalg import widened
 from rankwise.ops.operator import gather_rows
 
 
@@ -67,7 +68,7 @@ class EmbeddingHost(LayerHost):
 
     def rotate(self, op: LinearOperator, x: Tensor) -> Tensor:
         w = self.weight()
-        return self.mv(Dense(op.T.mv(w.to(torch.promote_types(w.dtype, torch.float32)))), x)
+        return self.mv(Dense(op.T.mv(widened(w))), x)
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
         pad = self.module.padding_idx

@@ -9,6 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from rankwise.ops import LinearOperator
 from rankwise.ops.fused import thin
+from rankwise.ops.linalg import widened
 
 CANCELLED = 1e-3  # below this share of |W|^2 the three terms have cancelled, and float32 has lost the sum
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of a frozen parameter: its version, address and norms
@@ -16,7 +17,7 @@ _known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of a frozen parameter: it
 
 def norm_of_rows(w: Tensor) -> Tensor:
     """Euclidean norm of each row of w (*batch, M, N), at least in float32: (*batch, M)."""
-    return torch.linalg.vector_norm(w.to(torch.promote_types(w.dtype, torch.float32)), dim=-1)
+    return torch.linalg.vector_norm(widened(w), dim=-1)
 
 
 def dense_row_norm(w: Tensor, op: LinearOperator) -> Tensor:

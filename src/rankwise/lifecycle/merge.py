@@ -14,6 +14,7 @@ from rankwise.attachment import adapters, registry_of
 from rankwise.errors import ActivityError, NotMergeable, UnknownName
 from rankwise.graft import Grafted
 from rankwise.host import Stored, host_of
+from rankwise.ops.linalg import widened
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class _Job:
     def merged(self) -> tuple[Tensor, Tensor]:
         """W and the adapted W, at least in float32."""
         w = self.host.weight().detach()
-        w = w.to(torch.promote_types(w.dtype, torch.float32))
+        w = widened(w)
         new = w
         for level in self.levels:
             new = level.structure.weight(level.factors(), new)

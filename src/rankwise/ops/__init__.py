@@ -1,15 +1,15 @@
 """The algebra of linear operators: the bottom of the library, over torch alone."""
 
-from rankwise.ops.atoms import BlockDiagonal, Circuit, Dense, Diagonal, Hadamard, Kronecker, Product, Scaled, Sum
-from rankwise.ops.entries import Placed, Repeated, Sine
+from rankwise.ops.atoms import Dense, Diagonal, Product, Scaled, Sum
+from rankwise.ops.blocks import BlockDiagonal, Butterfly, Circuit, Kronecker, Pairs
+from rankwise.ops.entrywise import Hadamard, Sine
+from rankwise.ops.moving import Exchange, Fold
 from rankwise.ops.operator import LinearOperator, LowRank
-from rankwise.ops.patterned import Patterned
-from rankwise.ops.scattered import Scattered
-from rankwise.ops.sparse import Butterfly, Pairs, Swap
-from rankwise.ops.spectral import Circulant, Fourier, Haar, Sparse
+from rankwise.ops.sparse import Patterned, Scattered, Sparse
+from rankwise.ops.spectral import Circulant, Fourier, Haar
 
 __all__ = [
-    "BlockDiagonal", "Butterfly", "Circuit", "Circulant", "Dense", "Diagonal", "Fourier", "Haar", "Hadamard",
-    "Kronecker", "LinearOperator", "LowRank", "Pairs", "Patterned", "Placed", "Product", "Repeated", "Scaled",
-    "Scattered", "Sine", "Sparse", "Sum", "Swap",
+    "BlockDiagonal", "Butterfly", "Circuit", "Circulant", "Dense", "Diagonal", "Exchange", "Fold", "Fourier",
+    "Haar", "Hadamard", "Kronecker", "LinearOperator", "LowRank", "Pairs", "Patterned", "Product", "Scaled",
+    "Scattered", "Sine", "Sparse", "Sum",
 ]  # fmt: skip

@@ -1,10 +1,15 @@
-"""The few decompositions that the methods share: truncated SVD, Cayley map, near-square splits."""
+"""What the methods share: a dtype that is wide enough, truncated SVD, Cayley map, near-square splits."""
 
 import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def widened(x: Tensor) -> Tensor:
+    """The same in float32, or in its own dtype where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Triplets(NamedTuple):
@@ -52,7 +57,7 @@ def randomised_svd(w: Tensor, rank: int, iterations: int = 8, seed: int = 0) -> 
     Returns:
         The triplets and their energy.
     """
-    w = w.to(torch.promote_types(w.dtype, torch.float32))
+    w = widened(w)
     least = min(w.shape)
     width = min(rank + OVERSAMPLE, least)
     drawn = torch.randn(w.shape[1], width, generator=torch.Generator().manual_seed(seed), dtype=w.dtype)
@@ -102,7 +107,7 @@ def truncated_svd(w: Tensor, rank: int, *, iterations: int | None = None, seed: 
         Triplets whose u columns have their largest entry positive.
     """
     if iterations is None:
-        w = w.to(torch.promote_types(w.dtype, torch.float32))
+        w = widened(w)
         u, s, vh = torch.linalg.svd(w, full_matrices=False)
         return _signed(u[:, :rank], s[:rank], vh[:rank].mT)
     triplets, held, missed = randomised_svd(w, rank, iterations, seed)
@@ -135,7 +140,7 @@ def cayley(q: Tensor, terms: int | None = None) -> Tensor:
     Returns:
         Rotations (..., b, b), at least in float32.
     """
-    q = q.to(torch.promote_types(q.dtype, torch.float32))
+    q = widened(q)
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     if terms is None:
         return torch.linalg.solve(eye - q, eye + q)  # the two factors commute

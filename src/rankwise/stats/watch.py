@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rankwise.adapter import Placement
 from rankwise.errors import StatisticsError
 from rankwise.host import LAYER, Conv1DHost, ConvHost, LayerHost, LinearHost, host_of
+from rankwise.ops.linalg import widened
 from rankwise.stats.collector import Seen
 
 
@@ -85,7 +86,7 @@ def _again() -> bool:
 
 def fine(x: Tensor) -> Tensor:
     """The tensor at least in float32, without gradient."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return widened(x.detach())
 
 
 @dataclass

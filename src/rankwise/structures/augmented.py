@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rankwise.errors import IncompatibleAxes, RankError
 from rankwise.host import Correction, Host, Site
-from rankwise.ops import BlockDiagonal, Dense, Hadamard, LinearOperator, Placed, Product, Scaled, Sine, Sum
+from rankwise.ops import BlockDiagonal, Dense, Fold, Hadamard, LinearOperator, Product, Scaled, Sine, Sum
 from rankwise.ops.linalg import truncated_svd
 from rankwise.structures.lowrank import Ranked
-from rankwise.structures.structure import Additive, Begun, Factor, Factors, Leaf, Start, check_rank
+from rankwise.structures.structure import Additive, Begun, Factor, Factors, Leaf, Start, check_rank, sizes, sizes_of
 from rankwise.structures.wrappers import keep, under
 
 
@@ -136,7 +136,7 @@ def _repeated(chunk: Tensor, times: int, rank: int) -> Tensor:
 
 @final
 @dataclass(frozen=True)
-class MoRA(Additive, Begun):
+class MoRA(Additive):
     """``W + D M C``: one square matrix M between fixed maps (Jiang et al. 2024, arXiv 2405.12130).
 
     C reads x in blocks of M's side h, the last filled up with the first entries of x; D repeats and cuts to the rows.
@@ -170,32 +170,15 @@ class MoRA(Additive, Begun):
                 f"M is no larger than the smaller side of the layer, {min(site.rows, site.cols)} at {site.name}; found "
                 f"a side of {side} for rank={rank}. Choose a smaller rank, or LoRA there."
             )
-        inner = self._inner(side, site.cols)
-        index = {"of_out": Factor({"out": site.rows}, trainable=False, below=inner)}
-        index["of_in"] = Factor({"in": site.cols}, trainable=False, below=site.cols)
-        return {"m": Factor({"row": side, "column": side}), **index}
-
-    def _inner(self, side: int, cols: int) -> int:
-        """How many numbers D reads: one block of M's outputs, or all blocks."""
-        return side if self.kind == "sharing" else cols + -cols % side
-
-    def begin(self, site: Site, weight: Callable[[], Tensor], drawn: Factors) -> Factors:
-        m = drawn["m"]
-        rows, cols = (torch.arange(n, device=m.device) for n in (site.rows, site.cols))
-        lead = (*m.shape[:-2], -1)
-        return {"of_out": (rows % self._inner(m.shape[-1], site.cols)).expand(lead), "of_in": cols.expand(lead)}
+        return {"m": Factor({"row": side, "column": side}), **sizes(site)}
 
     def operator(self, f: Factors) -> LinearOperator:
-        m, (rows, cols) = f["m"], (f[name].reshape(-1, f[name].shape[-1])[0] for name in ("of_out", "of_in"))
-        side, n = m.shape[-1], len(cols)
-        cols = torch.cat([cols, cols[: -n % side]])
-        size, inner = len(cols), self._inner(side, n)
-        ones = m.new_ones(*m.shape[:-2], max(size, len(rows)))
-        at = torch.arange(ones.shape[-1], device=m.device)
-        read = Placed(ones[..., :size], at[:size] % inner, cols, (inner, n))
-        write = Placed(ones[..., : len(rows)], at[: len(rows)], rows, (len(rows), inner))
-        square = Dense(m) if inner == side else BlockDiagonal(_turned(m, size // side))
-        return Product(Product(write, square), read)
+        m, (rows, cols) = f["m"], sizes_of(f)
+        side, like = m.shape[-1], m[..., 0, 0]
+        blocks = 1 if self.kind == "sharing" else -(-cols // side)
+        square = Dense(m) if self.kind == "sharing" else BlockDiagonal(_turned(m, blocks))
+        read, write = (Fold(size, blocks * side, like, wraps) for size, wraps in ((cols, True), (rows, False)))
+        return Product(Product(write.T, square), read)
 
 
 def _turned(m: Tensor, blocks: int) -> Tensor:

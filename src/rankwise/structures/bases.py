@@ -16,7 +16,7 @@ from rankwise.host import Site
 from rankwise.ops import Dense, LinearOperator, Product
 from rankwise.structures.lowrank import Ranked
 from rankwise.structures.shared import Unscaled
-from rankwise.structures.structure import Additive, Begun, Factor, Factors, Start, check_rank
+from rankwise.structures.structure import Additive, Begun, Factor, Factors, Start, check_rank, sizes, sizes_of
 
 
 @final
@@ -131,15 +131,14 @@ class NOLA(Ranked, Additive, Begun):
             "u": Factor({"basis": self.bases}),
             "v": Factor({"basis": self.bases}),
             "key": Factor({"side": 2}, trainable=False, below=KEYS),
-            # without entries: its shape tells the operator the layer's sides
-            "span": Factor({"none": 0, "out": site.rows, "in": site.cols}, trainable=False),
+            **sizes(site),
         }
 
     def begin(self, site: Site, weight: Callable[[], Tensor], drawn: Factors) -> Factors:
         return {"key": torch.randint(KEYS, drawn["key"].shape, device=drawn["key"].device)}
 
     def operator(self, f: Factors) -> LinearOperator:
-        (rows, cols), r, key = f["span"].shape[-2:], self.rank, f["key"]
+        (rows, cols), r, key = sizes_of(f), self.rank, f["key"]
         first = uniform(key[..., :1], self.bases, 1, r * cols, f["u"].dtype).squeeze(-2) / cols**0.5
         a = first + _combined(f["u"], key[..., :1], r * cols)
         b = _combined(f["v"], key[..., 1:], r * rows)

@@ -7,11 +7,9 @@ them says which blocks of rows and columns meet.
 from dataclasses import dataclass
 from typing import final
 
-import torch
-
 from rankwise.errors import RankError
 from rankwise.host import Site
-from rankwise.ops import BlockDiagonal, Dense, LinearOperator, Placed, Product, Sum, Swap
+from rankwise.ops import BlockDiagonal, Dense, Exchange, LinearOperator, Product, Sum
 from rankwise.structures.lowrank import Ranked
 from rankwise.structures.structure import Additive, Factor, Factors, Start, check_rank
 
@@ -81,9 +79,8 @@ class BoRA(Blocked):
 
     def operator(self, f: Factors) -> LinearOperator:
         k, _, r = f["e"].shape[-3:]
-        at = torch.arange(k * r, device=f["e"].device).unflatten(0, (k, r))
-        rows, cols = at[:, None].expand(k, k, r), at.expand(k, k, r)
-        core = Placed(f["e"].flatten(-3), rows.flatten(), cols.flatten(), (k * r, k * r))
+        by_rank = Exchange(k * r, k, r, f["e"][..., 0, 0, 0])
+        core = Product(by_rank.T, Product(BlockDiagonal(f["e"].movedim(-1, -3)), by_rank))
         return Product(BlockDiagonal(f["b"]), Product(core, BlockDiagonal(f["a"])))
 
 
@@ -119,6 +116,6 @@ class GraLoRA(Blocked):
 
     def operator(self, f: Factors) -> LinearOperator:
         k, _, r = f["b"].shape[-3:]
-        swap = Swap(k * r, k, f["b"][..., 0, 0, 0])
-        grid = Product(BlockDiagonal(f["b"]), Product(swap, BlockDiagonal(f["a"])))
+        exchange = Exchange(k * r, k, k, f["b"][..., 0, 0, 0])
+        grid = Product(BlockDiagonal(f["b"]), Product(exchange, BlockDiagonal(f["a"])))
         return Sum(grid, Product(Dense(f["whole_b"]), Dense(f["whole_a"]))) if self.hybrid else grid

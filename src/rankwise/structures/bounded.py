@@ -10,9 +10,20 @@ from torch.linalg import vector_norm
 
 from rankwise.errors import IncompatibleAxes, RankError
 from rankwise.host import Correction, Host, Site
-from rankwise.ops import BlockDiagonal, Dense, LinearOperator, Product, Repeated
+from rankwise.ops import BlockDiagonal, Dense, Fold, LinearOperator, Product
 from rankwise.structures.lowrank import scale_of
-from rankwise.structures.structure import Added, Additive, Begun, Factor, Factors, Leaf, Start, check_rank
+from rankwise.structures.structure import (
+    Added,
+    Additive,
+    Begun,
+    Factor,
+    Factors,
+    Leaf,
+    Start,
+    check_rank,
+    sizes,
+    sizes_of,
+)
 
 SHORTEST = 1e-4  # below it the length of a vector counts as this much, so that a zero one has a direction
 
@@ -95,17 +106,15 @@ class MiSS(Added, Leaf):
 
     def factors(self, site: Site) -> dict[str, Factor]:
         r = check_rank(self.rank, site, site.cols)
-        ones = {"across": Factor({"in": site.cols}, Start.ONES, trainable=False)}
         if self.shard is None:
-            return {"b": Factor({"out": site.rows, "rank": r}), **ones}
+            return {"b": Factor({"out": site.rows, "rank": r}), **sizes(site)}
         check_divides("The shard of a MiSS", self.shard, site, site.rows)
-        down = Factor({"out": site.rows}, Start.ONES, trainable=False)
-        return {"b": Factor({"shard": self.shard, "rank": r}), **ones, "down": down}
+        return {"b": Factor({"shard": self.shard, "rank": r}), **sizes(site)}
 
     def delta(self, f: Factors) -> LinearOperator:
-        """B (out, r) as often as it fits; the ones are factors, to say the sizes."""
-        b = f["b"] if self.shard is None else torch.cat([f["b"]] * (f["down"].shape[-1] // self.shard), dim=-2)
-        return Repeated(b, f["across"].shape[-1])
+        b, (rows, cols) = f["b"], sizes_of(f)
+        whole = b if self.shard is None else torch.cat([b] * (rows // self.shard), dim=-2)
+        return Product(Dense(whole), Fold(cols, b.shape[-1], b[..., 0, 0]))
 
 
 @final

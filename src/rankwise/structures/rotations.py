@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from rankwise.errors import IncompatibleAxes, RankError
 from rankwise.host import Site
 from rankwise.ops import BlockDiagonal, Butterfly, Dense, Diagonal, LinearOperator, Product, Scaled, Sum
-from rankwise.ops.linalg import cayley, skew
+from rankwise.ops.linalg import cayley, skew, widened
 from rankwise.structures.structure import Added, Begun, Factor, Factors, Leaf, Rotation, Sided, Start, check_rank
 
 
@@ -146,7 +146,7 @@ class HRA(Rotation, Begun):
         return {"u": drawn["u"][..., ::2, :].repeat_interleave(2, -2)}
 
     def operator(self, f: Factors) -> LinearOperator:
-        u = normalize(f["u"].to(torch.promote_types(f["u"].dtype, torch.float32)), dim=-1)
+        u = normalize(widened(f["u"]), dim=-1)
         gram = u @ u.mT
         half = torch.eye(gram.shape[-1], dtype=u.dtype, device=u.device) / 2
         turned = torch.linalg.solve_triangular(gram.triu(1) + half, u, upper=True)  # T U

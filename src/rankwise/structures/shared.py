@@ -15,7 +15,7 @@ from rankwise.host import Correction, Host, Site
 from rankwise.host.site import flat_tokens
 from rankwise.ops import Dense, Diagonal, LinearOperator, Product
 from rankwise.structures.lowrank import Ranked
-from rankwise.structures.structure import SAMPLED, Additive, Factor, Factors, Leaf, Start, check_rank
+from rankwise.structures.structure import SAMPLED, Additive, Factor, Factors, Leaf, Start, check_rank, sizes, sizes_of
 
 _SIDES = {"a": ("a",), "b": ("b",), "both": ("a", "b")}
 
@@ -65,9 +65,17 @@ class Weighted(Ranked, Additive):
         return {k: Factor(dims, b if k == "b" else Start.RANDOM, trainable, shared=label) for k, dims in both.items()}
 
     def operator(self, f: Factors) -> LinearOperator:
-        rows, span = f["v"].shape[-1], f.get("span")
-        b, a = f["b"][..., :rows, :], f["a"] if span is None else f["a"][..., : span.shape[-1]]
+        b, a = sliced(f)
         return Product(Dense(f["v"].unsqueeze(-1) * b), Product(Diagonal(f["u"]), Dense(a)))
+
+
+def sliced(f: Factors) -> tuple[Tensor, Tensor]:
+    """B and A as one layer reads them, of a pair that layers of several sizes may share."""
+    b, a = f["b"], f["a"]
+    if "sizes" not in f:
+        return b, a
+    rows, cols = sizes_of(f)
+    return b[..., :rows, :], a[..., :cols]
 
 
 def fits(site: Site, widths: tuple[int, int]) -> tuple[int, int]:
@@ -111,8 +119,7 @@ class VeRA(Weighted):
         rows, cols = fits(site, self.widths)
         pair = {"a": {"rank": r, "widest_in": cols}, "b": {"widest_out": rows, "rank": r}}
         both = {k: Factor(dims, Start.RANDOM, trainable=False, shared=f"{site.kind}s") for k, dims in pair.items()}
-        # without entries: its shape tells the operator how many columns the layer has
-        return {**both, **own, "span": Factor({"none": 0, "in": site.cols}, trainable=False)}
+        return {**both, **own, **sizes(site)}
 
 
 @final
@@ -153,9 +160,8 @@ class PVeRA(Ranked, Leaf):
         correction = self.correction(f, host)
         if correction is not None:
             return host.plus(correction, x)
-        span, a = f.get("span"), f["a"]
-        a = a if span is None else a[..., : span.shape[-1]]
-        b = f["v"].unsqueeze(-1) * f["b"][..., : f["v"].shape[-1], :] * self.scale
+        b, a = sliced(f)
+        b = f["v"].unsqueeze(-1) * b * self.scale
 
         def drawn() -> Tensor:
             mean, log = host.mv(Product(Diagonal(f["u"]), Dense(a)), host.drop(x)).chunk(2, -1)

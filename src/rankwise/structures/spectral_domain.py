@@ -18,7 +18,7 @@ from rankwise.host import Site
 from rankwise.ops import Circulant, Dense, Diagonal, Fourier, Haar, LinearOperator, Product, Sparse
 from rankwise.ops.spectral import inverse_cosine
 from rankwise.structures.lowrank import Ranked
-from rankwise.structures.structure import Additive, Begun, Factor, Factors, Start, check_rank
+from rankwise.structures.structure import Additive, Begun, Factor, Factors, Start, check_rank, sizes, sizes_of
 
 
 @lru_cache(maxsize=4)  # layers of one shape share their places
@@ -58,8 +58,7 @@ class Placed(Additive, Begun):
             "values": Factor(entries),
             "row": Factor(entries, trainable=False, below=rows),
             "col": Factor(entries, trainable=False, below=cols),
-            # without elements: it tells the shape of the layer
-            "sizes": Factor({"out": site.rows, "in": site.cols, "none": 0}, trainable=False),
+            **sizes(site),
         }
 
     @final
@@ -71,8 +70,7 @@ class Placed(Additive, Begun):
     @final
     def sparse(self, f: Factors) -> Sparse:
         """The entries as a matrix."""
-        *_, rows, cols, _ = f["sizes"].shape
-        return Sparse(f["values"], f["row"], f["col"], self.grid(rows, cols))
+        return Sparse(f["values"], f["row"], f["col"], self.grid(*sizes_of(f)))
 
 
 @dataclass(frozen=True)

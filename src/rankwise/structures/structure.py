@@ -73,6 +73,17 @@ class Factor:
         return not self.below or bool(((value >= 0) & (value < self.below)).all())
 
 
+def sizes(site: Site) -> dict[str, Factor]:
+    """A factor without entries; its shape tells the operator how large the layer is, see :func:`sizes_of`."""
+    return {"sizes": Factor({"out": site.rows, "in": site.cols, "none": 0}, trainable=False)}
+
+
+def sizes_of(f: Factors) -> tuple[int, int]:
+    """The sides (out, in) of the layer that the factors are of."""
+    rows, cols, _ = f["sizes"].shape[-3:]
+    return rows, cols
+
+
 SIDES = (("rank", "in"), ("out", "rank"))  # dims of a and b
 
 

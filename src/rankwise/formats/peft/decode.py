@@ -12,6 +12,7 @@ from rankwise.formats.peft.layout import METHODS, Place, check, made_anew, ours
 from rankwise.formats.peft.rotating import block_lora
 from rankwise.host import LAYER, Site, host_of
 from rankwise.inits import Principal
+from rankwise.ops.linalg import widened
 from rankwise.structures import OFT, Anchored, Gated, HiRA, LoHa, LoKr, LoRA, Magnitude, Structure, SVDForm, Truncated
 from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.wrappers import named
@@ -60,7 +61,7 @@ def decode(
         raise FileFormatError(f"{site.name} needs factors of the shapes {want}; the file gives {have}.")
     if not all(factor.inside(f[name]) for name, factor in described.items()):
         raise FileFormatError(f"Whole numbers of {site.name} choose entries; the file chooses others than there are.")
-    wide = {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in f.items() if v.is_floating_point()}
+    wide = {k: widened(v) for k, v in f.items() if v.is_floating_point()}
     return structure, {k: v.contiguous().clone() for k, v in {**f, **wide}.items()}
 
 

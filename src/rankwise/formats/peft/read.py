@@ -26,6 +26,7 @@ from rankwise.formats.peft.layout import METHODS, places
 from rankwise.host import LAYER, ParameterHost, host_of
 from rankwise.inits import Kaiming, Principal
 from rankwise.model_state import check_model, freeze_base, untied
+from rankwise.ops.linalg import widened
 from rankwise.sites import Override, Sites, Target
 from rankwise.structures import CrossGroup, LoRA, Replace, Stack, TokenRows
 from rankwise.structures.wrappers import named
@@ -86,7 +87,7 @@ class _Loading:
     def replace(self, path: str, name: str, value: Tensor) -> None:
         """Train a parameter whole."""
         host = ParameterHost(self.modules[path], name)
-        value = host.matrix(value.to(torch.promote_types(value.dtype, torch.float32)))
+        value = host.matrix(widened(value))
         site = host.site(f"{path}.{name}".removeprefix("."))
         self.put(Placement(site, Replace(), ((path, name, False),)), {"value": value})
 

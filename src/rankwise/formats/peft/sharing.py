@@ -18,12 +18,12 @@ _LAYERS = ("Linear", "Conv1D")
 
 
 def _vera(config: Mapping[str, Any], site: Site, f: dict[str, Tensor]) -> VeRA | PVeRA:
-    f["span"], cls = f["a"].new_zeros(0, site.cols), VeRA if config["peft_type"] == "VERA" else PVeRA
+    f["sizes"], cls = f["a"].new_zeros(site.rows, site.cols, 0), VeRA if config["peft_type"] == "VERA" else PVeRA
     return cls(config["r"], None, widths=(len(f["b"]), f["a"].shape[1]))
 
 
 def _to_vera(s: VeRA | PVeRA, site: Site, f: dict[str, Tensor]) -> dict[str, Any]:
-    f.pop("span", None)
+    f.pop("sizes", None)
     f["v"] = f["v"] * s.scale
     return {"r": s.rank, "d_initial": s.start_u, "save_projection": True}
 
