@@ -1,6 +1,7 @@
-"""The page of the manual from results: ``python -m benchmarks.report RESULTS.json``.
+"""The page of the manual from results: ``python -m benchmarks.report RESULTS.json [--beside OTHER.json]``.
 
-Writes docs/benchmarks.md, its plots in docs/img and, beside the page, the results that it shows.
+Writes docs/benchmarks.md, its plots in docs/img and, beside the page, the results that it shows. Those of another
+machine have a section of their own.
 """
 
 import argparse
@@ -74,19 +75,28 @@ def fence(*commands: str) -> str:
     return "```bash\n" + "\n".join(commands) + "\n```\n"
 
 
-def of_criteria(results: Mapping[str, Any]) -> str:
-    """Every criterion, its bound, the worst cell, and whether it holds."""
-    rows = []
-    for v in judge(results):
+def of_criteria(results: Mapping[str, Any], only_measured: bool = False) -> str:
+    """Every criterion, its bound, the worst cell, and whether it holds; then the commands."""
+    rows, found = [], [v for v in judge(results) if v.worst or not only_measured]
+    for v in found:
         c, verdict = v.criterion, {None: "not measured", True: "yes", False: "**no**"}[v.holds]
         where, value = v.worst or ("", None)
         high = number(value["high"]) if value else ""
         kept = f"{v.kept} of {v.cells}" if v.cells else ""
         rows.append([c.text, number(c.bound), span(value), high, where, kept, verdict])
     heads = ("criterion", "at most", "worst value (95 %)", "its worse end", "worst cell", "cells kept", "holds")
-    said = "A criterion holds when the worse end of the interval keeps the bound in every cell that it speaks of.\n\n"
-    commands = sorted({v.criterion.command for v in judge(results) if v.worst})
-    return "## Criteria\n\n" + said + table(heads, rows) + ("\n" + fence(*commands) if commands else "")
+    commands = sorted({v.criterion.command for v in found if v.worst})
+    return table(heads, rows) + ("\n" + fence(*commands) if commands else "")
+
+
+CRITERIA = """## Criteria
+
+A criterion holds when the worse end of the interval keeps the bound in every cell that it speaks of.
+
+"""
+BESIDE = """## On another processor
+
+"""
 
 
 def of_lora(rows: Sequence[Mapping[str, Any]], title: str, image: str = "") -> str:
@@ -328,13 +338,15 @@ def plots(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
     return found
 
 
-def write(results: Mapping[str, Any], page: Path, images: Path) -> None:
-    """The page and its plots."""
+def write(results: Mapping[str, Any], page: Path, images: Path, beside: Mapping[str, Any] | None = None) -> None:
+    """The page and its plots; ``beside`` are results of another machine."""
     shown = plots(results, images)
     allocator = ", ".join(f"`{k}={v}`" for k, v in results["allocator"].items())
     step = results.get("step", ())
     parts = [
-        HEAD.format(command=results["command"]), conditions(results), of_criteria(results),
+        HEAD.format(command=results["command"]), conditions(results), CRITERIA + of_criteria(results),
+        beside and BESIDE + conditions(beside) + "\n" + of_criteria(beside, only_measured=True),
+        beside and of_lora(beside.get("step", ()), "LoRA on that processor"),
         of_lora(step, "LoRA", shown.get("lora", "")), of_methods(step, shown.get("methods", "")),
         of_lora(results.get("compiled", ()), "Compiled"), of_memory(results.get("memory", ()), shown.get("memory", "")),
         of_life(results.get("life")), of_together(results.get("together", ())),
@@ -347,10 +359,13 @@ def main() -> None:
     """Make the manual's page."""
     parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__)
     parser.add_argument("results", type=Path)
+    parser.add_argument("--beside", type=Path, help="results of another machine")
     args = parser.parse_args()
-    results = json.loads(args.results.read_text())
-    write(results, DOCS / "benchmarks.md", DOCS / "img")
-    (DOCS / "benchmarks.json").write_text(json.dumps(results, indent=1) + "\n")
+    results, beside = (path and json.loads(path.read_text()) for path in (args.results, args.beside))
+    write(results, DOCS / "benchmarks.md", DOCS / "img", beside)
+    for name, kept in (("benchmarks", results), ("benchmarks-beside", beside)):
+        if kept is not None:
+            (DOCS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -136,10 +136,12 @@ def test_every_method_computes_pefts_function_and_makes_a_page(tmp_path):
         "together": [together.together_cell(Case(hidden=64, layers=1, batch=4, tokens=8), 2, 2)],
         "where": [where.where_cell(TINY)],
     }
-    report.write(results, tmp_path / "page.md", tmp_path / "img")
+    report.write(results, tmp_path / "page.md", tmp_path / "img", beside={**results, "step": [], "cores": 64})
     page = (tmp_path / "page.md").read_text()
     assert all(f"`{name}`" in page for name in EVERY) and (tmp_path / "img" / "benchmark-methods.png").exists()
     assert "Not measured in this run: compiled, life." in page
+    other = page.split("## On another processor")[1].split("## LoRA")[0]
+    assert "64 cores" in other and "8 adapters" in other and "LoRA's overhead" not in other  # not measured there
     spent = results["where"][0]["rows"]["rankwise lora"]
     assert spent["products"] > 0 and spent["step"] == pytest.approx(sum(v for k, v in spent.items() if k != "step"))
 

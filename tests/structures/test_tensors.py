@@ -54,7 +54,7 @@ def test_a_circuit_is_of_full_rank_and_never_dense(monkeypatch):
     assert structure.inner.operator(f).cost.apply == 256 * 6 * 16  # a token: six gates of 16 on 256 numbers
     x = torch.randn(2, 200, dtype=torch.float64)
     wanted = x @ structure.weight(f, model[0].weight).mT
-    monkeypatch.setattr("rankwise.ops.atoms.Circuit.dense", lambda self: pytest.fail("formed"))
+    monkeypatch.setattr("rankwise.ops.Circuit.dense", lambda self: pytest.fail("formed"))
     torch.testing.assert_close(model(x), wanted)
 
 
