@@ -424,7 +424,7 @@ def test_advice_on_a_model_end_to_end(data, tmp_path, monkeypatch):
     from rankwise.select import case, ledger
 
     book = ledger.Ledger(tmp_path / "ledger.jsonl")
-    found = case.conclude(surveyed(data, budget=20, steps=1, batch=4), book)
+    found = case.conclude(surveyed(data, budget=20, steps=1, batch=20), book)
     report = found.to_dict()
     assert report["verdict"] in (USE, DOES_NOT_MATTER, UNRESOLVED) and report["spent_steps"] <= 20
     assert len(book.entries()) > 5 and [arm["name"] for arm in report["arms"]] == ["lora"]
@@ -433,7 +433,7 @@ def test_advice_on_a_model_end_to_end(data, tmp_path, monkeypatch):
     run = Run.read(tmp_path / "out" / "run.yaml")
     assert (run.lr, run.steps) == (report["lr"], 1)
     monkeypatch.setattr(ledger, "finetune", lambda *_, **__: pytest.fail("trained again"))
-    again = case.conclude(surveyed(data, budget=20, steps=1, batch=4), book).to_dict()
+    again = case.conclude(surveyed(data, budget=20, steps=1, batch=20), book).to_dict()
     assert {**again, "nominations": 0} == {**report, "nominations": 0}
 
 
