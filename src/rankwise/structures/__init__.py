@@ -36,6 +36,8 @@ from rankwise.structures.structure import (
     Sided,
     Start,
     Structure,
+    sizes,
+    sizes_of,
 )
 from rankwise.structures.tensors import LoRETTA, QuanTA, TTLoRA
 from rankwise.structures.tensors_across import CaRA, FacTTK, FacTTT, LoRTA, LoTR, MetaTT
@@ -51,5 +53,5 @@ __all__ = [
     "Magnitude", "MetaTT", "MiSS", "MoRA", "PRoLoRA", "PVeRA", "PatchOFT", "QuanTA", "RaSA", "RandLoRA", "Replace",
     "Rising", "RoAd", "Rotation", "Rows", "SHiRA", "SVDForm", "Selection", "ShareLoRA", "Sided", "SineLoRA",
     "SparseLowRank", "Stack", "Standalone", "Start", "Structure", "Switched", "TTLoRA", "ThreeFactor", "TiedLoRA",
-    "TinyLoRA", "TokenRows", "Truncated", "UniLoRA", "VBLoRA", "VeRA", "WaveFT",
+    "TinyLoRA", "TokenRows", "Truncated", "UniLoRA", "VBLoRA", "VeRA", "WaveFT", "sizes", "sizes_of",
 ]  # fmt: skip
