@@ -60,6 +60,15 @@ def test_cayley_is_orthogonal(size):
     torch.testing.assert_close(r, (eye + q) @ torch.linalg.inv(eye - q), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("terms", range(3, 9))
+def test_cayley_series_is_the_sum_of_its_powers(terms):
+    torch.manual_seed(0)
+    q = skew(0.3 * torch.randn(3, 10, dtype=torch.float64), 5)
+    powers = [torch.linalg.matrix_power(q, i) for i in range(terms)]
+    wanted = powers[0] + 2 * sum(powers[1:-1]) + powers[-1]
+    torch.testing.assert_close(cayley(q, terms), wanted, rtol=0, atol=1e-12)
+
+
 def test_cayley_series_converges_for_small_generators():
     torch.manual_seed(0)
     q = skew(1e-2 * torch.randn(3, 10, dtype=torch.float64), 5)

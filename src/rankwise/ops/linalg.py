@@ -144,12 +144,14 @@ def cayley(q: Tensor, terms: int | None = None) -> Tensor:
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     if terms is None:
         return torch.linalg.solve(eye - q, eye + q)  # the two factors commute
-    # (I+Q)(I-Q)^-1 = I + 2Q + 2Q^2 + ... + 2Q^(t-2) + Q^(t-1), the tail that PEFT uses, by Horner's rule
-    two = 2 * eye
-    inner = two + q
-    for _ in range(terms - 3):
-        inner = two + q @ inner
-    return eye + q @ inner
+    # (I+Q)(I-Q)^-1 = I + 2Q + 2Q^2 + ... + 2Q^(t-2) + Q^(t-1), the tail that PEFT uses, by Horner's rule in Q^2
+    square, two = q @ q, 2 * (eye + q)
+    if terms == 3:
+        return two - eye + square
+    inner = two + square if terms % 2 else two - q
+    for _ in range((terms - 4) // 2):
+        inner = two + square @ inner
+    return two - eye + square @ inner
 
 
 def near_square(size: int, factor: int = -1) -> tuple[int, int]:
