@@ -205,6 +205,15 @@ def test_which_operators_lower(name):
     assert (OPERATORS[name](()).lower() is not None) == (name in LOW)
 
 
+@pytest.mark.parametrize("inner", [lambda: diagonal((), 3), lambda: d((), 3, 3)], ids=["diagonal", "square"])
+def test_of_factors_of_one_rank_the_last_stays_alone(inner):
+    """Frozen, as in VeRA and LoRA-XS, it needs no gradient, and its input need not be kept."""
+    b, a = d((), 6, 3), d((), 3, 5)
+    for op in (Product(b, Product(inner(), a)), Product(Product(b, inner()), a)):
+        pair = op.lower()
+        assert pair is not None and pair.right is a.matrix
+
+
 def parts(op: LinearOperator) -> list[LinearOperator]:
     """An operator and all that it is made of."""
     inner = [value for value in vars(op).values() if isinstance(value, LinearOperator)]
