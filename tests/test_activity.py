@@ -6,7 +6,7 @@ import copy
 import gc
 import threading
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ class Stack(nn.Module):
             if self.reentrant is None:
                 x = x + block(x)
             else:
-                x = x + checkpoint(block, x, use_reentrant=self.reentrant)  # type: ignore[operator]
+                x = x + cast(Tensor, checkpoint(block, x, use_reentrant=self.reentrant))
         return x
 
 

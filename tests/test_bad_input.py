@@ -66,6 +66,7 @@ def test_a_block_that_is_none(block: Any) -> None:
     fails(RankError, "whole number between 1 and", plain(), rw.recipe("oft", block=block))
 
 
+# what a type checker would refuse is given on purpose: not everybody runs one
 AXES: dict[str, tuple[Callable[[], Any], str]] = {
     "an init for another structure": (lambda: rw.Recipe(LoRA(4), init=Principal()), "trait 'anchored'|Anchored(...)"),
     "a solver of two sides": (lambda: rw.recipe("oft", solver=rw.recipe("lora_plus").solver), "two_sided|LoRA"),

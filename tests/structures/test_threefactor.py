@@ -243,7 +243,7 @@ def test_the_pull_leaves_orthonormal_factors_and_a_rate_of_zero_alone():
         p.grad = torch.zeros_like(p)
     pull, sites = OrthonormalPull(1.0), [*adapter.sites.values()]
     pull.before(sites, dict.fromkeys(adapter.parameters(), 0.0), 0)
-    assert all(not p.grad.any() for p in adapter.parameters())  # type: ignore[union-attr]
+    assert all(p.grad is not None and not p.grad.any() for p in adapter.parameters())
 
 
 def test_sorsa_starts_orthonormal_and_stays_nearer_with_its_pull():

@@ -3,7 +3,7 @@
 from rankwise.ops.atoms import Dense, Diagonal, Product, Scaled, Sum
 from rankwise.ops.blocks import BlockDiagonal, Butterfly, Circuit, Kronecker, Pairs
 from rankwise.ops.entrywise import Hadamard, Sine
-from rankwise.ops.moving import Exchange, Fold
+from rankwise.ops.moving import Exchange, Fold, Tile
 from rankwise.ops.operator import LinearOperator, LowRank
 from rankwise.ops.sparse import Patterned, Scattered, Sparse
 from rankwise.ops.spectral import Circulant, Fourier, Haar
@@ -11,5 +11,5 @@ from rankwise.ops.spectral import Circulant, Fourier, Haar
 __all__ = [
     "BlockDiagonal", "Butterfly", "Circuit", "Circulant", "Dense", "Diagonal", "Exchange", "Fold", "Fourier",
     "Haar", "Hadamard", "Kronecker", "LinearOperator", "LowRank", "Pairs", "Patterned", "Product", "Scaled",
-    "Scattered", "Sine", "Sparse", "Sum",
+    "Scattered", "Sine", "Sparse", "Sum", "Tile",
 ]  # fmt: skip

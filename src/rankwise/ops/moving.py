@@ -61,24 +61,40 @@ class Fold(Moving):
 
     def __init__(self, size: int, side: int, like: Tensor, wraps: bool = False) -> None:
         super().__init__((side, size), like)
-        self.side, self.wraps, self.more, self.back = side, wraps, -size % side, False
-        assert not wraps or self.more <= size, "it wraps once at most"
+        self.missing, self.wraps = -size % side, wraps
+        assert not wraps or self.missing <= size, "it wraps once at most"
 
     def mv(self, x: Tensor) -> Tensor:
-        if self.back:
-            return self._repeated(x)
-        if self.more:
-            x = torch.cat([x, x[..., : self.more]], dim=-1) if self.wraps else pad(x, (0, self.more))
-        return x.unflatten(-1, (-1, self.side)).sum(-2)
-
-    def _repeated(self, x: Tensor) -> Tensor:
-        size = self.shape[0]
-        whole = torch.cat([x] * ((size + self.more) // self.side), dim=-1)
-        first, rest = whole.split([size, self.more], dim=-1)
-        return first + pad(rest, (0, size - self.more)) if self.wraps and self.more else first
+        if self.missing:
+            x = torch.cat([x, x[..., : self.missing]], dim=-1) if self.wraps else pad(x, (0, self.missing))
+        return x.unflatten(-1, (-1, self.shape[0])).sum(-2)
 
     @property
     def T(self) -> LinearOperator:
-        other = copy.copy(self)
-        other.shape, other.back = (self.shape[1], self.shape[0]), not self.back
-        return other
+        return Tile(self)
+
+
+@final
+class Tile(LinearOperator):
+    """The transpose of a fold (size, side): entries repeated, and those added up that it wraps."""
+
+    def __init__(self, fold: Fold) -> None:
+        self.fold = fold
+        self.shape = fold.shape[1], fold.shape[0]
+
+    def mv(self, x: Tensor) -> Tensor:
+        (size, side), missing = self.shape, self.fold.missing
+        whole = torch.cat([x] * ((size + missing) // side), dim=-1)
+        first, rest = whole.split([size, missing], dim=-1)
+        return first + pad(rest, (0, size - missing)) if self.fold.wraps and missing else first
+
+    def dense(self) -> Tensor:
+        return self.fold.dense().mT
+
+    @property
+    def T(self) -> LinearOperator:
+        return self.fold
+
+    @property
+    def cost(self) -> Cost:
+        return self.fold.cost
