@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from rankwise.hf.finetune import Prepared
 from rankwise.hf.method import recipe_of
+from rankwise.hf.prepare import Prepared
 from rankwise.hf.pretrain import SIZES, fresh, settled
 from rankwise.hf.run import Run
 from rankwise.select import Entry, Ledger

@@ -10,7 +10,7 @@ import yaml
 from benchmarks.pretraining import kept, table
 from safetensors.torch import load_file
 
-from rankwise.hf.finetune import prepare
+from rankwise.hf.prepare import prepare
 from rankwise.hf.pretrain import RATES, SIZES, fresh, settled
 from rankwise.hf.run import Run
 

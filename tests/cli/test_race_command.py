@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 
+from rankwise.hf import finetune as module
 from rankwise.hf.data import Collator
 from rankwise.hf.finetune import Listener
 from rankwise.hf.run import Run
 from rankwise.select import Ledger
-from rankwise.select import ledger as module
 from rankwise.select.robustness import measures
 
 pytest.importorskip("optuna")

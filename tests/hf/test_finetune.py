@@ -11,9 +11,10 @@ from torch import nn
 
 import rankwise as rw
 from rankwise.errors import DataError, IncompatibleAxes, UnknownName
-from rankwise.hf.finetune import Run, finetune, prepare
+from rankwise.hf.finetune import Run, finetune
 from rankwise.hf.method import compose
 from rankwise.hf.plots import loss_curve
+from rankwise.hf.prepare import prepare
 from rankwise.hf.tasks import Task
 from rankwise.inits import Gaussian, Kaiming, Principal
 from rankwise.solvers import AdamW, LoRAPlus

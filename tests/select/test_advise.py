@@ -432,7 +432,7 @@ def test_advice_on_a_model_end_to_end(data, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "advice.json").read_text())["use"] == report["use"]
     run = Run.read(tmp_path / "out" / "run.yaml")
     assert (run.lr, run.steps) == (report["lr"], 1)
-    monkeypatch.setattr(ledger, "finetune", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("rankwise.hf.finetune.finetune", lambda *_, **__: pytest.fail("trained again"))
     again = case.conclude(surveyed(data, budget=20, steps=1, batch=20), book).to_dict()
     assert {**again, "nominations": 0} == {**report, "nominations": 0}
 

@@ -26,7 +26,7 @@ def convert(
     import rankwise as rw
     from rankwise.cli import verify
     from rankwise.formats import peft
-    from rankwise.hf.finetune import task_of
+    from rankwise.hf.prepare import task_of
 
     task = task_of(common.run_of(adapter, model=model))
     processor = task.processor(model)

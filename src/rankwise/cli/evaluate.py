@@ -19,7 +19,7 @@ def evaluate(
 ) -> None:
     """Measure a model on data, with and without an adapter; its run says the task and the base."""
     import rankwise as rw
-    from rankwise.hf.finetune import scored, task_of
+    from rankwise.hf.prepare import scored, task_of
 
     run = common.run_of(adapter, model=model, data=data, **given)
     chosen = task_of(run)

@@ -18,8 +18,8 @@ def merge(
     """Write an adapter into the weights: an ordinary model, checked against the adapted one."""
     import rankwise as rw
     from rankwise.cli import verify
-    from rankwise.hf.finetune import task_of
     from rankwise.hf.models import load_model
+    from rankwise.hf.prepare import task_of
 
     task = task_of(common.run_of(adapter, model=model))
     processor = task.processor(model)

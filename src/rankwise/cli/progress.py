@@ -8,7 +8,8 @@ from typing import Any
 
 from rankwise.cli import common
 from rankwise.errors import PlanError
-from rankwise.hf.finetune import Listener, Prepared, Result
+from rankwise.hf.finetune import Listener, Result
+from rankwise.hf.prepare import Prepared
 from rankwise.io import FILE
 
 

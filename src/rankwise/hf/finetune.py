@@ -9,146 +9,34 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from rankwise.attachment import Adapter, attach, disabled, targets
-from rankwise.errors import DataError, OutputExists, UnknownName
+from rankwise.attachment import disabled
+from rankwise.errors import OutputExists
 from rankwise.hf.checkpoint import METRICS
 from rankwise.hf.folder import claimed
-from rankwise.hf.method import recipe_of
-from rankwise.hf.models import config_of
 from rankwise.hf.plots import loss_curve
-from rankwise.hf.references import evaluating
+from rankwise.hf.prepare import Prepared, Stages, prepare, scored
 from rankwise.hf.run import Result, Run
-from rankwise.hf.tasks import PRETRAINING, TASKS, CausalLM, SequenceClassification, Task, TextTask
+from rankwise.hf.tasks import Task, TextTask
 from rankwise.hf.trainer import Trainer
-from rankwise.placement import TargetReport
-from rankwise.stats import collect
 from rankwise.version import __version__
 
-__all__ = ["Listener", "Prepared", "Result", "Run", "finetune", "prepare", "scored", "task_of"]
-
-STATISTICS_BATCHES = 64  # that an init sees which reads data; LoRA-GA and CorDA's authors take as many and more
+__all__ = ["Listener", "Result", "Run", "finetune"]
 
 
-class Listener(TrainerCallback):
-    """Told how a run goes, between its stages as below, while it trains as every callback of transformers."""
-
-    def doing(self, what: str) -> None:
-        """A stage begins: "loading the model", "measuring before training"."""
-
-    def read(self, run: Run, train: Any) -> None:
-        """The data are read; the model comes next."""
-
-    def planned(self, prepared: Prepared) -> None:
-        """All is loaded; the first step comes next."""
+class Listener(Stages, TrainerCallback):
+    """Told how a run goes: between its stages, and while it trains as every callback of transformers."""
 
 
 QUIET = Listener()
-
-
-@dataclass
-class Prepared:
-    """A run with everything loaded and the adapter attached, before the first step.
-
-    Attributes:
-        run: the run.
-        task: what it is about.
-        processor: the tokenizer, or what stands in its place.
-        train: examples to learn from.
-        validation: examples set aside, or None.
-        own: text of the base's own kind, or None.
-        model: the model, with the adapter on it.
-        adapter: the adapter.
-        report: what each pattern matched.
-        lr: the learning rate.
-    """
-
-    run: Run
-    task: Task
-    processor: Any
-    train: Any
-    validation: Any
-    own: Any
-    model: Any
-    adapter: Adapter
-    report: TargetReport
-    lr: float
-
-
-def task_of(run: Run) -> Task:
-    """The task of a run by its name.
-
-    Raises:
-        UnknownName: no such task.
-        DataError: settings that the task does not have.
-    """
-    if run.task not in TASKS:
-        raise UnknownName(f'A task is one of {", ".join(TASKS)}; found "{run.task}".')
-    context = getattr(config_of(run.model).get_text_config(), "max_position_embeddings", None)
-    length = run.max_length or min(1024, context or 1024)
-    if TASKS[run.task] is CausalLM:
-        return CausalLM(length, run.pack, run.task == PRETRAINING)
-    if run.pack or run.base_text:
-        raise DataError("pack and base_text belong to the task causal-lm; leave them out.")
-    return SequenceClassification(length, run.labels)
-
-
-@torch.no_grad()
-def scored(task: Task, model: Any, examples: Any, processor: Any, batch: int = 8) -> dict[str, float]:
-    """The task's measures over examples, with the model in evaluation mode."""
-    own = torch.Generator()  # the loader draws a seed; training's numbers must not depend on what was measured
-    loader = DataLoader(task.rows(examples), batch, collate_fn=task.collator(processor), generator=own)
-    device = next(model.parameters()).device
-    with evaluating(model):
-        return task.score(model, (send_to_device(items, device) for items in loader), processor)
-
-
-def prepare(run: Run, task: Task | None = None, listener: Listener = QUIET) -> Prepared:
-    """Load data and model and attach the adapter; nothing is written.
-
-    Raises:
-        RankwiseError: whatever is wrong with the run, the data, the model or the method.
-    """
-    recipe = recipe_of(run)
-    task = task or task_of(run)
-    listener.doing("reading the data")
-    processor = task.processor(run.model)
-    train, held = task.examples(run.data, processor), None
-    task = task.settled(train)
-    run = replace(run, labels=getattr(task, "labels", None))
-    if isinstance(run.validation, str):
-        held = task.examples(run.validation, processor)
-    elif run.validation:
-        train, held = task.split(train, run.validation, run.seed)
-    own = task.examples(run.base_text, processor) if run.base_text else None
-    listener.read(run, train)
-    listener.doing("loading the model")
-    set_seed(run.seed)
-    model = task.model(run.model, train, processor, base=recipe.base, dtype=run.dtype)
-    recipe = recipe.with_(sites=task.sites(recipe.sites, model))
-    report = targets(model, recipe)
-    stats = None
-    if recipe.init.needs:
-        listener.doing("gathering statistics of the data")
-        rows = DataLoader(task.rows(train), run.batch, collate_fn=task.collator(processor), generator=torch.Generator())
-        stats = collect(model, islice(rows, STATISTICS_BATCHES), recipe)
-    listener.doing("attaching the adapter")
-    if run.init_seed is not None:
-        set_seed(run.init_seed)  # the trainer seeds the order of the data again
-    adapter = attach(model, recipe, stats=stats)
-    lr = recipe.lr if isinstance(run.lr, str) else run.lr
-    return Prepared(run, task, processor, train, held, own, model, adapter, report, lr)
 
 
 def finetune(
@@ -159,6 +47,7 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     before: dict[str, Any] | None = None,
+    picture: bool = True,
 ) -> Result:
     """Train an adapter and leave everything about it in ``run.out``.
 
@@ -169,6 +58,7 @@ def finetune(
         resume: go on from the last checkpoint in ``run.out``.
         overwrite: replace a former run there.
         before: the base's scores where another run has measured them, ``before`` and ``own_before`` of its result.
+        picture: draw the losses, ``loss.png``, where matplotlib is installed.
 
     Returns:
         What it came to.
@@ -191,10 +81,15 @@ def finetune(
         if prepared.processor is not None:
             prepared.processor.save_pretrained(out)
         listener.planned(prepared)
-        return _train(prepared, out, listener, resume, before)
+        result, history = _train(prepared, out, listener, resume, before)
+        if picture and find_spec("matplotlib"):
+            loss_curve(history, out / "loss.png", f"{prepared.adapter.recipe.name} on {Path(run.data).name}")
+        return result
 
 
-def _train(prepared: Prepared, out: Path, listener: Listener, resume: bool, before: dict[str, Any] | None) -> Result:
+def _train(
+    prepared: Prepared, out: Path, listener: Listener, resume: bool, before: dict[str, Any] | None
+) -> tuple[Result, list[dict[str, Any]]]:
     task, model, adapter = prepared.task, prepared.model, prepared.adapter
 
     def measured(when: str) -> dict[str, Any]:
@@ -223,9 +118,7 @@ def _train(prepared: Prepared, out: Path, listener: Listener, resume: bool, befo
     )
     with (out / METRICS).open("a") as journal:
         journal.write(json.dumps({"result": asdict(result)}) + "\n")
-    if find_spec("matplotlib"):
-        loss_curve(history, out / "loss.png", f"{adapter.recipe.name} on {Path(prepared.run.data).name}")
-    return result
+    return result, history
 
 
 def _trainer(prepared: Prepared, out: Path, listener: Listener) -> Trainer:

@@ -16,8 +16,8 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from rankwise.errors import DataError, RankwiseError
-from rankwise.hf.finetune import prepare, task_of
 from rankwise.hf.method import recipe_of, written
+from rankwise.hf.prepare import prepare, task_of
 from rankwise.hf.run import Run
 from rankwise.methods import catalogue
 from rankwise.select.advise import Advice, Arm, Outcome, advise, check_budget

@@ -19,21 +19,22 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 import transformers
-from transformers.trainer_utils import get_last_checkpoint
 
 from rankwise.errors import SaveError, TrainingError
-from rankwise.hf import checkpoint
-from rankwise.hf.finetune import QUIET, Listener, Prepared, finetune, prepare
 from rankwise.hf.method import recipe_of
 from rankwise.hf.models import config_of, locate
+from rankwise.hf.prepare import Prepared, prepare
 from rankwise.hf.run import Run
 from rankwise.io import FILE
 from rankwise.registry import encode
 from rankwise.version import __version__
+
+if TYPE_CHECKING:
+    from rankwise.hf.finetune import Listener
 
 __all__ = ["Entry", "Ledger", "Measure", "code", "digest", "key_of"]
 
@@ -151,7 +152,7 @@ class Ledger:
         except OSError as error:
             raise SaveError(f"The ledger {self.path} cannot be written ({error}); choose another file.") from error
 
-    def done(self, run: Run, measures: Mapping[str, Measure] | None = None, listener: Listener = QUIET) -> Entry:
+    def done(self, run: Run, measures: Mapping[str, Measure] | None = None, listener: Listener | None = None) -> Entry:
         """The entry of a run: from the ledger, or else the run is made, or gone on with where it was interrupted.
 
         Args:
@@ -170,6 +171,8 @@ class Ledger:
         key = key_of(run, tuple(measures or ()))
         if found := self.entries().get(key):
             return found
+        from transformers.trainer_utils import get_last_checkpoint  # imports PEFT where it is, in seconds
+
         folder = self.path.with_name(f"{self.path.name}.runs") / key
         settings = json.loads(json.dumps(asdict(replace(run, out="-"))))  # as they are read again
         run = replace(run, out=str(folder))
@@ -188,10 +191,13 @@ class Ledger:
 
 
 def _made(
-    blank: Entry, run: Run, measures: Mapping[str, Measure], listener: Listener, before: dict[str, Any] | None
+    blank: Entry, run: Run, measures: Mapping[str, Measure], listener: Listener | None, before: dict[str, Any] | None
 ) -> Entry:
+    from rankwise.hf import checkpoint
+    from rankwise.hf.finetune import QUIET, finetune  # with transformers' trainer, which only a run needs
+
     with redirect_stderr(StringIO()):  # what one run says of itself is too much of many; its line holds the rest
-        result = finetune(run, listener=listener, resume=True, before=before)
+        result = finetune(run, listener=listener or QUIET, resume=True, before=before, picture=False)
     folder, found = Path(run.out), {}
     for name, measure in measures.items():
         prepared = prepare(run)

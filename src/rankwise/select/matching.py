@@ -11,9 +11,9 @@ import torch
 
 from rankwise.adapter import owned
 from rankwise.errors import IncompatibleAxes, RankError
-from rankwise.hf.finetune import task_of
 from rankwise.hf.method import recipe_of
 from rankwise.hf.models import config_of
+from rankwise.hf.prepare import task_of
 from rankwise.hf.run import Run
 from rankwise.placement import resolve
 from rankwise.select.skeleton import kind_of_model

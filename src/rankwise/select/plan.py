@@ -15,9 +15,9 @@ import torch
 
 from rankwise.attachment import Adapter, attach
 from rankwise.errors import DataError, DoesNotFit, PlanError, RankwiseError
-from rankwise.hf.finetune import task_of
 from rankwise.hf.method import recipe_of
 from rankwise.hf.models import config_of, load_model
+from rankwise.hf.prepare import task_of
 from rankwise.hf.run import Run
 from rankwise.hf.tasks import SequenceClassification
 from rankwise.inits import Kaiming

@@ -13,7 +13,7 @@ from typing import Any
 from rankwise.attachment import disabled
 from rankwise.errors import DataError
 from rankwise.hf import data
-from rankwise.hf.finetune import Prepared, scored
+from rankwise.hf.prepare import Prepared, scored
 from rankwise.io import atomically
 from rankwise.lifecycle import merge
 from rankwise.select.ledger import Measure, digest
