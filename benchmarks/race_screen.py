@@ -210,7 +210,8 @@ def joined(kept: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
     from rankwise.select.race import AGAIN, REFERENCE, judged
 
     new, old = ({row["method"]: row for row in told["rows"]} for told in (made, kept))
-    if any(new[name]["losses"] != old[name]["losses"] for name in (REFERENCE, AGAIN, "full")):
+    both = ((new[name]["losses"], old[name]["losses"]) for name in (REFERENCE, AGAIN, "full"))
+    if not all(np.allclose(*losses, rtol=1e-6) for losses in both):  # another processor rounds otherwise
         return made
     rows = old | new
     losses = {name: [math.inf if x is None else x for x in row["losses"]] for name, row in rows.items()}

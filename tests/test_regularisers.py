@@ -24,6 +24,7 @@ from rankwise.penalties import (
     Balance,
     Dropout,
     ExpectedRank,
+    HiddenKey,
     MaxNorm,
     Noise,
     Orthogonality,
@@ -570,12 +571,13 @@ def test_both_compile_in_one_graph():
 EVERY = (Orthogonality(), Balance("size", steps=5), MaxNorm(2.0), Sharpness(0.1), Noise(0.1, 7, 2), Ascent(0.1, 2))
 EVERY += (OrthonormalPull(), SingularValues())
 OF_GATES = (ExpectedRank(1.5), Alternation())  # not for LoRA
+OF_TRANSFORMERS = (HiddenKey(0.2, 0.3, 0.4, "mlp"),)  # tests/test_hidden_key.py
 
 
 def test_every_penalty_is_here():
     found = (getattr(penalties, name) for name in penalties.__all__)
     assert {c for c in found if isinstance(c, type) and issubclass(c, Penalty) and is_dataclass(c)} == set(
-        map(type, (*EVERY, *OF_GATES))
+        map(type, (*EVERY, *OF_GATES, *OF_TRANSFORMERS))
     )
 
 
@@ -607,11 +609,11 @@ def test_a_penalty_lives_with_every_structure_that_it_accepts(penalty, tmp_path)
 
 
 def test_a_recipe_is_saved_with_its_penalties_but_for_functions(tmp_path):
-    recipe = rw.Recipe(LoRA(2), penalties=EVERY, dropout=Dropout(0.2, "site"))
+    recipe = rw.Recipe(LoRA(2), penalties=(*EVERY, *OF_TRANSFORMERS), dropout=Dropout(0.2, "site"))
     back = decode(json.loads(json.dumps(encode(recipe))), known_classes())
     assert back == recipe
     assert back != recipe.with_(penalties=EVERY[1:])
-    own = recipe.with_(penalties=(*EVERY, lambda adapter, step: torch.zeros(())))
+    own = recipe.with_(penalties=(*recipe.penalties, lambda adapter, step: torch.zeros(())))
     assert decode(json.loads(json.dumps(encode(own))), known_classes()) == recipe
     _, adapter = made(recipe)
     adapter.save(tmp_path)

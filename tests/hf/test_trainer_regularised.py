@@ -28,6 +28,7 @@ METHODS = {
     "flat_lora": {"steps": 5, "sigma": 0.5},
     "bi_lora": {"rho": 0.3},
     "lora_dropout": {},
+    "hidden_key": {},
     "salora_struct": {"budget": 2.0},
     "autolora": {},
 }

@@ -120,8 +120,9 @@ REFERENCES = {
 
 SAME = {
     "lora": """
-        als altlora altlora_plus bar bi_lora eva flat_lora loft lora_dropout lora_plus lora_pro lora_rite lora_sam
-        muon_lora nonzero nora orthogonal reflora reflora_s riemannion rolora scaled_adamw scaled_gd whitened_muon
+        als altlora altlora_plus bar bi_lora eva flat_lora hidden_key loft lora_dropout lora_plus lora_pro lora_rite
+        lora_sam muon_lora nonzero nora orthogonal reflora reflora_s riemannion rolora scaled_adamw scaled_gd
+        whitened_muon
     """,
     "rslora": "lora_one",
     "pissa": "corda lora_ga milora olora pissa_lora_plus",

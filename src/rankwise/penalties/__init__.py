@@ -11,11 +11,12 @@ from rankwise.penalties.factors import (
     SingularValues,
 )
 from rankwise.penalties.flatness import Ascent, Noise, Sharpness
+from rankwise.penalties.hidden import HiddenKey
 from rankwise.penalties.penalty import AfterStep, BeforeStep, Penalty, Perturbation, Term
 from rankwise.penalties.run import backward, perturbed
 
 __all__ = [
-    "AfterStep", "Alternation", "Ascent", "Balance", "BeforeStep", "Dropout", "ExpectedRank", "MaxNorm", "Noise",
-    "Orthogonality", "OrthonormalPull", "Penalty", "Perturbation", "Sharpness", "SingularValues", "Term", "backward",
-    "perturbed",
+    "AfterStep", "Alternation", "Ascent", "Balance", "BeforeStep", "Dropout", "ExpectedRank", "HiddenKey", "MaxNorm",
+    "Noise", "Orthogonality", "OrthonormalPull", "Penalty", "Perturbation", "Sharpness", "SingularValues", "Term",
+    "backward", "perturbed",
 ]  # fmt: skip

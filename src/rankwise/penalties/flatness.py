@@ -1,20 +1,20 @@
 """Penalties on sharpness: the gradient is taken beside the weights, not at them. W (out, in)."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
 from rankwise.adapter import Placement, SiteFactors
 from rankwise.host import Host, Site, norm_of_rows
 from rankwise.ops import Dense, LinearOperator
 from rankwise.penalties.factors import squared_norm
-from rankwise.penalties.penalty import AfterStep, BeforeStep, Perturbation, Rates
+from rankwise.penalties.penalty import AfterStep, BeforeStep, Gradients, Perturbation, Rates, Trained
 from rankwise.structures import Added, Factor, Factors, Replace, Structure, TokenRows
 from rankwise.structures.adversary import SECOND, Adversary
 from rankwise.structures.structure import LeafStart, trained_pairs
@@ -37,10 +37,8 @@ class Sharpness(Perturbation):
     rho: float = 0.05
 
     @contextmanager
-    def moved(
-        self, sites: Sequence[SiteFactors], gradients: Callable[[], Mapping[nn.Parameter, Tensor]], step: int
-    ) -> Iterator[None]:
-        own = {p for site in sites for p in site.own().values()}
+    def moved(self, adapter: Trained, gradients: Gradients, step: int) -> Iterator[None]:
+        own = {p for site in adapter.sites.values() for p in site.own().values()}
         found = {p: g for p, g in gradients().items() if p in own}
         kept = {p: p.detach().clone() for p in found}
         with torch.no_grad():
@@ -77,11 +75,10 @@ class Noise(Perturbation):
     seed: int = 0
 
     @contextmanager
-    def moved(
-        self, sites: Sequence[SiteFactors], gradients: Callable[[], Mapping[nn.Parameter, Tensor]], step: int
-    ) -> Iterator[None]:
+    def moved(self, adapter: Trained, gradients: Gradients, step: int) -> Iterator[None]:
         share = 1.0 if self.steps is None else (1 - math.cos(math.pi * min(1.0, step / self.steps))) / 2
-        kept = [(site, site.structure) for site in sites if not isinstance(site.structure, Replace | TokenRows)]
+        sites = (s for s in adapter.sites.values() if not isinstance(s.structure, Replace | TokenRows))
+        kept = [(site, site.structure) for site in sites]
         for i, (site, structure) in enumerate(kept):
             seed = hash((self.seed, step, i))  # of integers: the same in every process
             seen = structure.inner if isinstance(structure, Adversary) else structure

@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
 from rankwise.adapter import SiteFactors
 
 Rates: TypeAlias = Mapping[nn.Parameter, float]
+Gradients: TypeAlias = Callable[[], Mapping[nn.Parameter, Tensor]]
 
 
 class Penalty(ABC):  # noqa: B024  (what it does, its kinds say)
@@ -42,17 +43,27 @@ class AfterStep(Penalty):
         """Act, without gradients."""
 
 
+class Trained(Protocol):
+    """What is asked of an adapter."""
+
+    recipe: Any
+    model: Any
+
+    @property
+    def sites(self) -> Mapping[str, SiteFactors]:
+        """Site name -> the module that holds its factors."""
+        ...
+
+
 class Perturbation(Penalty):
-    """Moves the weights for a forward and its backward, and restores them to the bit."""
+    """Changes the model for a forward and its backward, and restores it to the bit."""
 
     @abstractmethod
-    def moved(
-        self, sites: Sequence[SiteFactors], gradients: Callable[[], Mapping[nn.Parameter, Tensor]], step: int
-    ) -> AbstractContextManager[None]:
-        """Within it the weights are moved.
+    def moved(self, adapter: Trained, gradients: Gradients, step: int) -> AbstractContextManager[None]:
+        """Within it the model is changed.
 
         Args:
-            sites: the factors of one adapter.
+            adapter: one that is trained.
             gradients: takes a forward and backward where the weights are now, for perturbations that follow them.
             step: optimizer steps done.
 

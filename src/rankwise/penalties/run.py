@@ -1,24 +1,12 @@
 """How perturbations act: around a forward with its backward."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
-from rankwise.adapter import SiteFactors
-from rankwise.penalties.penalty import Perturbation
-
-
-class Trained(Protocol):
-    """What is asked of an adapter."""
-
-    recipe: Any
-
-    @property
-    def sites(self) -> Mapping[str, SiteFactors]:
-        """Site name -> the module that holds its factors."""
-        ...
+from rankwise.penalties.penalty import Perturbation, Trained
 
 
 def perturbed(adapters: Sequence[Trained], run: Callable[[], Tensor], step: int) -> Tensor:
@@ -47,7 +35,7 @@ def perturbed(adapters: Sequence[Trained], run: Callable[[], Tensor], step: int)
     with ExitStack() as undo:
         for adapter in adapters:
             for rule in (p for p in adapter.recipe.penalties if isinstance(p, Perturbation)):
-                undo.enter_context(rule.moved([*adapter.sites.values()], gradients, step))
+                undo.enter_context(rule.moved(adapter, gradients, step))
         return run()
 
 
@@ -66,8 +54,12 @@ def backward(adapter: Any, loss: Callable[[], Tensor], step: int) -> Tensor:
     """
 
     def run() -> Tensor:
-        total = loss() + adapter.penalty(step)
-        total.backward()
-        return total.detach()
+        found = loss()
+        found.backward()
+        penalty = adapter.penalty(step)  # by itself, when the graph of the loss is gone
+        if isinstance(penalty, Tensor):
+            penalty.backward()
+            found = found + penalty
+        return found.detach()
 
     return perturbed([adapter], run, step)

@@ -3,10 +3,10 @@
 from typing import Any, Literal
 
 from rankwise._recipe import Recipe
-from rankwise.penalties import Ascent, Balance, Dropout, Noise, Sharpness
+from rankwise.penalties import Ascent, Balance, Dropout, HiddenKey, Noise, Sharpness
 from rankwise.recipes.point import low_rank, point
 
-__all__ = ["bar", "bi_lora", "flat_lora", "lora_dropout", "lora_sam"]
+__all__ = ["bar", "bi_lora", "flat_lora", "hidden_key", "lora_dropout", "lora_sam"]
 
 
 def bar(
@@ -138,3 +138,33 @@ def lora_dropout(rank: int = 16, alpha: float | None = None, p: float = 0.5, **a
     """
     dropout, structure = Dropout(p, "sides"), low_rank(rank, alpha)
     return point(axes, "lora_dropout", 2e-3, structure, "Lin et al. 2024, arXiv 2404.09610", dropout=dropout)
+
+
+def hidden_key(
+    rank: int = 16, alpha: float | None = None, keys: float = 0.1, hidden: float = 0.1, agree: float = 1.0, **axes: Any
+) -> Recipe:
+    """HiddenKey: LoRA under dropout of attention's keys and of the feed-forward outputs, two such passes in agreement.
+
+    Parameters per layer: r (out + in). Law: the model is the base's once a step is over. For transformers' models; a
+    loop of your own calls ``rankwise.penalties.backward``.
+
+    Args:
+        rank: r.
+        alpha: numerator of the scale; None for r.
+        keys: probability with which a token is no key of a layer's self-attention.
+        hidden: probability for each entry that a feed-forward network returns.
+        agree: weight of the symmetric Kullback-Leibler divergence between two passes, which a step then takes; 0 for
+            one pass.
+        **axes: other axes of :class:`rankwise.Recipe`.
+
+    Returns:
+        The recipe.
+
+    References:
+        Wang et al. 2024, arXiv 2403.00812, Figure 3: columns of attention logits, elements of hidden representations,
+        bidirectional divergence. Li et al. 2022, arXiv 2208.02646; Chen et al. 2021, arXiv 2106.00149, Figure 1: after
+        the feed-forward network of every layer. Deviations: a key is left out for all heads of a layer at once, and
+        never for its own token; the three strengths are ours, the paper's could not be read.
+    """
+    penalty, structure = HiddenKey(keys, hidden, agree), low_rank(rank, alpha)
+    return point(axes, "hidden_key", 2e-3, structure, "Wang et al. 2024, arXiv 2403.00812", penalties=(penalty,))
