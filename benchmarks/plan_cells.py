@@ -27,8 +27,9 @@ from transformers import TrainingArguments
 
 import rankwise as rw
 from rankwise.hf.data import Collator
-from rankwise.hf.finetune import recipe_of, task_of
+from rankwise.hf.method import recipe_of
 from rankwise.hf.models import load_model
+from rankwise.hf.prepare import task_of
 from rankwise.hf.run import Run
 from rankwise.select.skeleton import kind_of_model
 
@@ -78,6 +79,7 @@ class Cell:
 CHECKPOINTED = {"checkpointing": True}
 CELLS = [
     *(Cell("llama", method, 4, 128) for method in ("lora", "dora", "pissa", "lokr", "loha", "hira", "oft", "svd")),
+    *(Cell("llama", method, 4, 128) for method in ("adalora", "lora_sam", "flat_lora", "bi_lora", "hidden_key")),
     Cell("llama", "lora", 4, 128, settings=CHECKPOINTED),
     Cell("llama", "dora", 4, 128, "bfloat16", CHECKPOINTED),
     Cell("llama", "lora", 1, 512, "bfloat16"),
@@ -124,6 +126,7 @@ def measured(cell: Cell, folder: str) -> int:
     """The most that torch had allocated at once in two steps of training, in bytes."""
     run = Run.of({"data": "-", "out": "-", **cell.run(folder)})
     recipe, task = recipe_of(run), task_of(run)
+    gc.collect()  # an earlier cell's model
     before = _storages()
     with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
         model = load_model(kind_of_model(run), folder, base=run.base, dtype=run.dtype)

@@ -16,6 +16,7 @@ from rankwise.select.devices import device_of, size_of
 
 TRIED = [
     "llama, lora, 4 x 128, float32",
+    "llama, hidden_key, 4 x 128, float32",
     "llama, dora, 4 x 128, bfloat16, checkpointing",
     "llama, lora, 1 x 512, bfloat16",
     "llama, lora_plus, 4 x 128, float32, accumulate 2",

@@ -12,7 +12,8 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from rankwise.attachment import Adapter
 from rankwise.hf.deferred import deferred_logits
+from rankwise.penalties import backward
 
 _ATEN = torch.ops.aten
 KINDS = ("weights", "factors", "optimizer", "gradients", "activations", "temporaries")
@@ -143,6 +145,18 @@ def update(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Non
     optimizer.step()
 
 
+@contextmanager
+def _young() -> Iterator[None]:
+    """Within, what is made stays in the youngest generation: its garbage is found without a look at all else."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def footprint(
     build: Callable[[], nn.Module],
     attach: Callable[[nn.Module], Adapter],
@@ -164,7 +178,7 @@ def footprint(
         What the step takes.
     """
     ledger = Ledger(full)
-    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+    with _young(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
         model = build()
         ledger.kind = "factors"
         adapter = attach(model)
@@ -178,24 +192,30 @@ def footprint(
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.note(p.grad, "gradients"))
         optimizer.step()
         for parameter in trained:
-            assert parameter.grad is not None
+            if parameter.grad is None:  # a penalty took it away
+                parameter.grad = torch.zeros_like(parameter)
             ledger.note(parameter.grad, "gradients")
         if not accumulate:
             optimizer.zero_grad()
         ledger.kind = "activations"
-        inputs = batch()
-        gc.collect()
+        inputs, found = batch(), {"logits": 0, "saved": 0}
+        gc.collect(0)
         ledger.restart()
         held = ledger.live.copy()
-        with deferred_logits(model):  # as the trainer does
-            output = model(**inputs)
-        loss = output.loss
-        made: Any = output.logits
-        whole = getattr(made, "computed", made) is not None
-        logits = made.numel() * made.element_size() if whole else 0
-        del output, made
-        saved, ledger.kind = ledger.live["activations"], "temporaries"
-        loss.backward()
+
+        def loss() -> Tensor:
+            ledger.kind = "activations"
+            with deferred_logits(model):  # as the trainer does
+                output = model(**inputs)
+            made: Any = output.logits
+            if getattr(made, "computed", made) is not None:
+                found["logits"] = made.numel() * made.element_size()
+            total = output.loss
+            del output, made
+            found["saved"], ledger.kind = ledger.live["activations"], "temporaries"
+            return total
+
+        backward(adapter, loss, 1)
         update(trained, optimizer)
         file, gradients = (sum(p.nbytes for p in adapter.parameters(only)) for only in (False, True))
-    return Footprint(dict(ledger.peak), dict(held), gradients, saved, logits, file, dict(ledger.work))
+    return Footprint(dict(ledger.peak), dict(held), gradients, **found, file=file, work=dict(ledger.work))
