@@ -28,6 +28,7 @@ from rankwise.lab import (
     run,
 )
 from rankwise.lab.cases import RATES
+from rankwise.penalties import HiddenKey
 from rankwise.ranks import Constant
 from rankwise.solvers import SGD, AdamW, LoRAPlus, ScaledAdamW, ScaledGD, Solver
 from rankwise.structures import HiRA, LoHa, LoRA
@@ -275,10 +276,11 @@ def spread_tables() -> None:
 
 
 def catalogue() -> None:
-    """Every method of constant rank that reads no statistics, at rank 4, on one ill-conditioned target of rank 4."""
+    """Methods of constant rank that read neither statistics nor layers, at rank 4, on an ill-conditioned target."""
     problem = Factorisation(condition=100.0)
     for name, entry in rw.catalogue().items():
-        if not entry.recipe.init.needs and isinstance(entry.recipe.ranks, Constant):
+        inside = any(isinstance(penalty, HiddenKey) for penalty in entry.recipe.penalties)
+        if not (entry.recipe.init.needs or inside) and isinstance(entry.recipe.ranks, Constant):
             recipe = rw.recipe(name, **({"rank": 4} if "rank" in entry.options else {}))
             print(f"factorisation, {_label(100)}, 200 steps, {name}: {_best(problem, recipe, 200):.1e}", flush=True)
 

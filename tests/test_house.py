@@ -158,6 +158,21 @@ def test_imports_have_no_cycle():
         visit(module, ())
 
 
+def test_a_plan_starts_without_a_trainer():
+    """transformers' trainer imports PEFT and bitsandbytes where they are, for seconds."""
+    reached, waiting = set(), ["rankwise.select", "rankwise.select.case"]
+    while waiting:
+        if (module := waiting.pop()) in reached:
+            continue
+        reached.add(module)
+        path = MODULES[module]
+        first = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        wrong = [text for text in map(ast.unparse, first) if re.search("from transformers.*([Tt]rain|set_seed)", text)]
+        assert not wrong, f"{module}: {wrong[0]}"
+        waiting += [edge.target for edge in EDGES[path] if edge.line in {node.lineno for node in first}]
+    assert "rankwise.hf.prepare" in reached
+
+
 # -- budgets ------------------------------------------------------------------------------------
 
 
