@@ -217,3 +217,9 @@ def test_resuming_is_bit_exact(tmp_path, make):
     make(twin, tmp_path, **changes).train(str(tmp_path / "checkpoint-3"))
     assert equal(values(adapter), values(other))
     assert (tmp_path / "metrics.jsonl").read_text() == journal
+
+
+def test_passes_without_logits_cannot_be_compared(tmp_path):
+    model, _ = adapted(method="hidden_key")
+    with pytest.raises(TrainingError, match="Set agree=0"):
+        sft(model, tmp_path).train()

@@ -83,11 +83,12 @@ class HiddenKey(Perturbation):
         if not model.training or "second" in passes:
             return None
         labels = kwargs.get("labels")
-        if labels is None or labels.is_floating_point() or getattr(output, "loss", None) is None:
+        given = labels is not None and not labels.is_floating_point()
+        if not (given and all(getattr(output, name, None) is not None for name in ("loss", "logits"))):
             raise TrainingError(
                 "HiddenKey compares the classes that two passes of a model predict where it is given labels, and adds "
-                "to the loss that it returns; found no such labels or no loss (label smoothing, regression, an "
-                "objective on logits). Set agree=0."
+                "to the loss that it returns; found no such labels, no loss or no logits (label smoothing, regression, "
+                "an objective on logits, TRL's fused loss). Set agree=0."
             )
         passes |= {"first", "second"}
         other = model(*args, **kwargs)
