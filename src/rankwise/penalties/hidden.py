@@ -83,8 +83,8 @@ class HiddenKey(Perturbation):
         if not model.training or "second" in passes:
             return None
         labels = kwargs.get("labels")
-        given = labels is not None and not labels.is_floating_point()
-        if not (given and all(getattr(output, name, None) is not None for name in ("loss", "logits"))):
+        whole = all(getattr(output, name, None) is not None for name in ("loss", "logits"))
+        if labels is None or labels.is_floating_point() or not whole:
             raise TrainingError(
                 "HiddenKey compares the classes that two passes of a model predict where it is given labels, and adds "
                 "to the loss that it returns; found no such labels, no loss or no logits (label smoothing, regression, "
