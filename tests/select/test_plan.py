@@ -126,6 +126,11 @@ def test_the_state_of_a_solver_on_weights_is_its_formula(tiny, inside):
     assert made.to_dict()["optimizer"] == 4 * values
 
 
+def test_a_penalty_that_takes_gradients_away_can_be_planned(tiny):
+    made = rw.plan(tiny, **{**SMALL, "method": "autolora"}, rank=4).to_dict()
+    assert made["gradients"] == 4 * (4 * (64 + 1) * 4 + 3 * (96 + 1) * 4) * 2  # r (out + in + 1) of two blocks' layers
+
+
 def test_a_model_that_asks_for_values_cannot_be_planned(tiny, monkeypatch):
     def asking(self, x):
         return x * float(x.sum())

@@ -36,14 +36,11 @@ class Listener(Stages, TrainerCallback):
     """Told how a run goes: between its stages, and while it trains as every callback of transformers."""
 
 
-QUIET = Listener()
-
-
 def finetune(
     run: Run,
     *,
     task: Task | None = None,
-    listener: Listener = QUIET,
+    listener: Listener | None = None,
     resume: bool = False,
     overwrite: bool = False,
     before: dict[str, Any] | None = None,
@@ -68,6 +65,7 @@ def finetune(
         TrainingError: the loss became NaN, or a site gets no gradient.
         RankwiseError: whatever else is wrong with the run, the data, the model or the method.
     """
+    listener = listener or Listener()
     with claimed(run.out, resume=resume, overwrite=overwrite) as out:
         file = out / "run.yaml"
         if resume and file.exists() and (names := run.differs(former := Run.read(file))):

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
 from rankwise.errors import OutputExists, RankwiseError
-from rankwise.hf.finetune import QUIET, Listener, finetune
+from rankwise.hf.finetune import Listener, finetune
 from rankwise.hf.folder import claimed
 from rankwise.hf.method import FULL
 from rankwise.hf.models import EMBEDDED, config_of, tokenizer_of
@@ -88,7 +88,7 @@ def settled(run: Run) -> Run:
     return replace(run, method=method, task=PRETRAINING, lr=lr)
 
 
-def pretrain(run: Run, *, listener: Listener = QUIET, resume: bool = False, overwrite: bool = False) -> Result:
+def pretrain(run: Run, *, listener: Listener | None = None, resume: bool = False, overwrite: bool = False) -> Result:
     """Train a fresh model on a text, all of it: what the method does not reach, it trains whole.
 
     Args:

@@ -16,10 +16,7 @@ from rankwise.errors import IncompatibleAxes, TrainingError
 from rankwise.penalties.penalty import Gradients, Perturbation, Trained
 
 FEED_FORWARD = r"mlp|ffn|feed_forward|fc2|DenseReluDense|output\.dense"
-_CROSS = (
-    "encoder_hidden_states",
-    "key_value_states",
-)  # with one of these a layer of transformers attends to another text
+_OTHER_TEXT = ("encoder_hidden_states", "key_value_states")  # arguments of an attention to another text
 
 
 @final
@@ -112,7 +109,7 @@ def _without_keys(p: float, name: str, module: nn.Module, args: Any, kwargs: Any
     """The arguments with a mask that leaves keys out."""
     given = inspect.signature(module.forward).bind(*args, **kwargs)
     seen = {**given.arguments, **given.kwargs}
-    if not module.training or any(seen.get(other) is not None for other in _CROSS):
+    if not module.training or any(seen.get(other) is not None for other in _OTHER_TEXT):
         return None
     x, mask = given.args[0], seen.get(name)
     if mask is None:

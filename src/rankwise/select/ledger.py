@@ -194,10 +194,10 @@ def _made(
     blank: Entry, run: Run, measures: Mapping[str, Measure], listener: Listener | None, before: dict[str, Any] | None
 ) -> Entry:
     from rankwise.hf import checkpoint
-    from rankwise.hf.finetune import QUIET, finetune  # with transformers' trainer, which only a run needs
+    from rankwise.hf.finetune import finetune  # with transformers' trainer, which only a run needs
 
     with redirect_stderr(StringIO()):  # what one run says of itself is too much of many; its line holds the rest
-        result = finetune(run, listener=listener or QUIET, resume=True, before=before, picture=False)
+        result = finetune(run, listener=listener, resume=True, before=before, picture=False)
     folder, found = Path(run.out), {}
     for name, measure in measures.items():
         prepared = prepare(run)
