@@ -14,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import rankwise as rw
+from rankwise.errors import TrainingError
 from rankwise.ops import Dense, Fold, Hadamard, Kronecker, LinearOperator, Product, Scaled, Sparse, fused, whole
 from rankwise.ops.form import Form, cheapest, costs
-from rankwise.structures import HiRA, LoHa, LoRA, Magnitude
+from rankwise.structures import HiRA, LoHa, LoKr, LoRA, Magnitude
+from rankwise.testing import randomise
 from rankwise.testing.compare import Comparison
 
 
@@ -33,14 +35,15 @@ def parts_of(flat, batch, count, scaled, recompute):
     for i in range(count):
         w, left, right, m = flat[4 * i : 4 * i + 4]
         norm = (1 + torch.arange(m.shape[-1]).double()).expand_as(m) if scaled else None
-        found.append(fused.Part(w, left, right, 0.5 + i, m if scaled else None, norm, recompute))
+        given = (lambda norm=norm: norm) if scaled else None
+        found.append(fused.Part(w, left, right, 0.5 + i, m if scaled else None, given, recompute))
     return found
 
 
 def written_out(x, parts):
     for p in parts:
         y = x @ p.weight.mT + p.scale * x @ p.right.mT @ p.left.mT
-        yield y if p.magnitude is None else y * (p.magnitude / p.norm).unsqueeze(-2)
+        yield y if p.magnitude is None else y * (p.magnitude / p.norm()).unsqueeze(-2)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -135,7 +138,7 @@ def test_outputs_may_be_changed_in_place():
     first, second = fused.run(x, parts_of(flat, (), 2, False, False))
     first.mul_(2)
     (first + second).sum().backward()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(TrainingError, match="changed in place"):
         (y,) = fused.run(x, parts_of(flat[:4], (), 1, True, False))  # the magnitude's gradient reads it
         y.mul_(2).sum().backward()
 
@@ -334,6 +337,35 @@ def test_a_weight_whose_data_was_replaced_is_the_new_one(layer):
     assert layer(x.double()).dtype == torch.float64
 
 
+def _a_factor_of_its_own(model):
+    level = model.q_proj.adapters.default.layer
+    name = next(iter(level._parameters))
+    setattr(level, name, nn.Parameter(torch.randn_like(level._parameters[name])))
+
+
+CHANGES = {
+    "a step": lambda m: [p.data.add_(0.1) for n, p in m.named_parameters() if "adapters" in n],
+    "another factor": _a_factor_of_its_own,
+    "another weight": lambda m: setattr(m.q_proj, "weight", nn.Parameter(2 * m.q_proj.weight.detach(), False)),
+    "other data of a weight": lambda m: setattr(m.k_proj.weight, "data", m.k_proj.weight.data * 3),
+    "evaluation": nn.Module.eval,
+    "a second adapter": lambda m: moved(m, rw.Recipe(LoRA(2)), "second"),
+    "both": lambda m: rw.set_active(m, ("default", "second")),
+    "the second": lambda m: rw.set_active(m, "second"),
+}
+
+
+@pytest.mark.parametrize("structure", [*STRUCTURES, LoKr(None)], ids=str)
+def test_what_a_layer_keeps_between_steps_follows_every_change(structure):
+    torch.manual_seed(0)
+    model, x = Attention(), tensor(2, 3, 8)
+    moved(model, rw.Recipe(structure))
+    for change in (lambda m: None, *CHANGES.values()):
+        change(model)
+        for rows in (x, x, x[:1], tensor(9, 3, 8), x, x):
+            agree(grads(model, rows), grads(apart(model), rows))
+
+
 def test_a_tensor_changed_between_siblings_is_another_tensor():
     torch.manual_seed(0)
     model = Attention()
@@ -524,3 +556,23 @@ def test_a_lone_token_without_a_batch(method):
         found.append([y.flatten(), *(p.grad.clone() for p in adapter.parameters())])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_an_output_changed_in_place_is_explained_and_made_again_on_demand():
+    """Where a model writes on a layer's output, DoRA cannot keep it; LoRA does not."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 6, bias=False), nn.ReLU(inplace=True), nn.Linear(6, 4))
+    plain = nn.Sequential(base[0], nn.ReLU(), base[2])
+    x = torch.randn(5, 8)
+
+    def grads(model: nn.Module, method: str, **options: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(1)
+        adapter = rw.attach(copy.deepcopy(model), rw.recipe(method, rank=2, **options))
+        randomise(adapter, lambda: adapter.model(x))
+        adapter.model(x).square().sum().backward()
+        return {n: p.grad for n, p in adapter.named_parameters() if p.grad is not None}
+
+    with pytest.raises(TrainingError, match="recompute=True"):
+        grads(base, "dora")
+    torch.testing.assert_close(grads(base, "dora", recompute=True), grads(plain, "dora"))
+    torch.testing.assert_close(grads(base, "lora"), grads(plain, "lora"))

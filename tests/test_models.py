@@ -1,7 +1,7 @@
 """Models of transformers: adapt, train a step, save, load, merge; compile; autocast."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -28,6 +28,7 @@ class Case:
     inputs: dict[str, Tensor]
     sites: rw.Sites = rw.Sites()
     count: int = 0
+    more: dict[str, Any] = field(default_factory=dict)  # options of DoRA
 
 
 CASES = [
@@ -96,6 +97,43 @@ CASES = [
         count=12,
     ),
     Case("gpt-oss", lambda: tf.GptOssForCausalLM(tf.GptOssConfig(**MOE, head_dim=8)), {"input_ids": IDS}, count=12),
+    Case(
+        "llama4, whose router is a linear layer with a forward of its own",
+        lambda: tf.Llama4ForCausalLM(
+            tf.Llama4TextConfig(**{**MOE, "num_experts_per_tok": 1}, intermediate_size_mlp=48, head_dim=8)
+        ),
+        {"input_ids": IDS},
+        count=20,
+        more={"recompute": True},  # it adds to the shared expert's output in place
+    ),
+    Case(
+        "mamba, which reads dt_proj's weight itself",
+        lambda: tf.MambaForCausalLM(
+            tf.MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2, time_step_rank=4, **PADS)
+        ),
+        {"input_ids": IDS},
+        count=8,
+    ),
+    Case(
+        "wavlm, whose attention reads its projections' weights itself",
+        lambda: tf.WavLMForCTC(
+            tf.WavLMConfig(
+                **{**TEXT, "num_attention_heads": 4},
+                conv_dim=(32, 32),
+                conv_kernel=(4, 4),
+                conv_stride=(4, 4),
+                num_conv_pos_embeddings=4,
+                num_conv_pos_embedding_groups=2,
+                num_buckets=8,
+                apply_spec_augment=False,
+                layerdrop=0.0,
+                **PADS,
+            )
+        ),
+        {"input_values": torch.linspace(-1, 1, 320).sin().reshape(2, 160)},
+        rw.Sites(exclude="gru_rel_pos_linear"),
+        count=13,
+    ),
 ]
 METHODS = {"lora": {"rank": 4}, "dora": {"rank": 4}, "oft": {"block": 4}}
 
@@ -119,7 +157,8 @@ def test_a_life(case, method, tmp_path):
     base = made(case)
     names = [n for n, _ in base.named_parameters()]
     model = copy.deepcopy(base)
-    adapter = rw.attach(model, rw.recipe(method, **METHODS[method], sites=case.sites))
+    options = METHODS[method] | (case.more if method == "dora" else {})
+    adapter = rw.attach(model, rw.recipe(method, **options, sites=case.sites))
     assert len(adapter) == case.count
     assert [n for n, _ in model.named_parameters() if ".adapters." not in n] == names
     with torch.no_grad():

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.errors import TargetError, WeightFormatError
+from rankwise.errors import RankError, TargetError, WeightFormatError
 from rankwise.structures import LoRA, Magnitude
+from rankwise.testing import randomise
 from tiny_models import llama, plain, shake, tokens
 
 L = "model.layers"
@@ -278,3 +279,74 @@ def test_a_hook_outlives_the_adapter() -> None:
     assert torch.allclose(model(x), 2 * base)
     accelerate.hooks.remove_hook_from_module(model[2])
     assert torch.equal(model(x), base)
+
+
+# -- what is a linear layer -----------------------------------------------------------------------
+
+
+class Doubled(nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, input) -> Any:
+        return 2 * super().forward(input), input
+
+
+class Padded(nn.Conv1d):
+    def forward(self, input):
+        return super().forward(nn.functional.pad(input, (2, 0)))
+
+
+class Positions(nn.Embedding):
+    def forward(self, input):
+        return super().forward(torch.arange(input.shape[1]))
+
+
+class Odd(nn.Module):
+    """Layers whose classes compute more than their kind, tensors of three dims that are no experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.at, self.plain, self.own = Positions(5, 8), nn.Linear(8, 8), Doubled(8, 8)
+        self.conv, self.padded = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 1)), Padded(8, 8, 3)
+        self.scale, self.gate = nn.Parameter(torch.rand(8, 1, 1)), nn.Linear(8, 1)
+
+    def forward(self, x):
+        y, _ = self.own(self.plain(x + self.at(x)))
+        y = self.padded(self.conv(y.mT)).mT
+        return y * self.scale[:, 0, 0] * self.gate(x)
+
+
+def test_a_role_means_linear_layers_that_the_rank_fits():
+    torch.manual_seed(0)
+    model, x = Odd(), torch.randn(2, 5, 8)
+    want = model(x)
+    with pytest.warns(UserWarning, match=r'1 site left out.*1 gate \(1 x 8\).*\{"gate": \{"rank": 1\}\}'):
+        adapter = rw.attach(model, rw.recipe("lora", rank=2))
+    assert [*adapter] == ["plain", "own"]
+    torch.testing.assert_close(model(x), want)
+    randomise(adapter, lambda: model(x))
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+    moved = model(x)
+    rw.merge(model)
+    torch.testing.assert_close(model(x), moved)
+
+
+def test_a_rank_of_its_own_or_a_name_is_meant():
+    sites = rw.Sites(overrides={"gate": {"rank": 1}})
+    assert [*rw.attach(Odd(), rw.recipe("lora", rank=2, sites=sites))] == ["plain", "own", "gate"]
+    with pytest.raises(RankError, match="smaller side of the layer, here 1"):
+        rw.attach(Odd(), rw.recipe("lora", rank=2, sites=rw.Sites(["all-linear", "gate"])))
+    with pytest.raises(RankError, match="smaller side of the layer, here 8"):
+        rw.attach(Odd(), rw.recipe("lora", rank=9))
+
+
+def test_what_computes_more_than_its_kind_is_read_or_refused():
+    with pytest.raises(TargetError, match="padded is a Padded, with a forward of its own"):
+        rw.attach(Odd(), rw.recipe("lora", rank=2, sites=rw.Sites("padded")))
+    model, x = Odd(), torch.randn(2, 5, 8)
+    want = model(x)
+    adapter = rw.attach(model, rw.recipe("lora", rank=2, sites=rw.Sites("at")))
+    torch.testing.assert_close(model(x), want)
+    randomise(adapter, lambda: model(x))
+    assert not torch.allclose(model(x), want)

@@ -1,6 +1,8 @@
 """From patterns to placements: which weights of a model a recipe adapts, and with what."""
 
 import difflib
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import accumulate
@@ -11,7 +13,7 @@ from torch import nn
 
 from rankwise.adapter import Carriers, Placement, owned
 from rankwise.candidates import Candidate, base_modules, candidates
-from rankwise.errors import IncompatibleAxes, TargetError, TiedWeights
+from rankwise.errors import IncompatibleAxes, RankError, TargetError, TiedWeights
 from rankwise.host import LAYER, ParameterHost, Site
 from rankwise.sites import Sites, Target
 from rankwise.structures import Replace, Rows, Stack, Structure, TokenRows
@@ -113,8 +115,8 @@ def _sharing(model: nn.Module, found: list[Candidate]) -> dict[tuple[str, str], 
     modules = base_modules(model)
     holders: dict[int, list[Candidate]] = {}
     for c in found:
-        parameter = modules[c.path]._parameters["weight" if c.slot == LAYER else c.slot]
-        holders.setdefault(id(parameter), []).append(c)
+        parameter = modules[c.path]._parameters.get("weight" if c.slot == LAYER else c.slot)
+        holders.setdefault(id(c if parameter is None else parameter), []).append(c)  # parametrised: computed, not held
     return {(c.path, c.slot): group for group in holders.values() for c in group}
 
 
@@ -174,6 +176,23 @@ def _whole(model: nn.Module, sites: Sites) -> Iterator[tuple[Target, Placement]]
                 yield target, Placement(ParameterHost(modules[path], name).site(full), Replace(), tuple(holders))
 
 
+NARROW = 8  # a linear layer with a smaller side below this is a gate or a score of few numbers
+
+
+def _leave_out(small: Sequence[tuple[Site, RankError]], others: Sequence[Placement]) -> None:
+    """Say which narrow layers of a role the structure does not fit; raise where there are no others."""
+    site, error = small[0]
+    if not others:
+        raise error
+    names = Counter(f"{site.leaf} ({site.rows} x {site.cols})" for site, _ in small)
+    warnings.warn(
+        f"{_sites(len(small))} left out, too narrow for the rank: {', '.join(f'{n} {k}' for k, n in names.items())}. "
+        f'To adapt them too, give them a rank of their own: Sites(overrides={{"{site.leaf}": {{"rank": '
+        f"{min(site.rows, site.cols)}}}}}).",
+        stacklevel=2,
+    )
+
+
 def resolve(model: nn.Module, structure: Structure, sites: Sites) -> tuple[Placement, ...]:
     """The placements of a recipe on a model; nothing is changed.
 
@@ -197,6 +216,7 @@ def resolve(model: nn.Module, structure: Structure, sites: Sites) -> tuple[Place
     sharing = _sharing(model, found)
     result: list[Placement] = []
     seen: set[tuple[str, str]] = set()
+    small: list[tuple[Site, RankError]] = []
     for c in sorted(chosen, key=lambda c: c.site.kind != "embedding"):  # a tied weight is the embedding's
         if (c.path, c.slot) in seen:
             continue
@@ -208,11 +228,20 @@ def resolve(model: nn.Module, structure: Structure, sites: Sites) -> tuple[Place
         here = _structure_at(model, c, structure, sites) if c.site.name in names else rows
         here = Stack(here, rows) if rows and here is not rows and here else here
         assert here is not None
-        here.factors(c.site)  # a rank or a token id that does not fit raises now
+        try:
+            here.factors(c.site)  # a rank or a token id that does not fit raises now
+        except RankError as error:
+            named = here is not structure or any(t.match != "role" and c.hit(t) for t in sites.targets)
+            if named or min(c.site.rows, c.site.cols) >= NARROW:
+                raise
+            small.append((c.site, error))
+            continue
         result.append(Placement(c.site, here, carriers))
+    if small:
+        _leave_out(small, result)
     order = {c.site.name: i for i, c in enumerate(found)}
     result.sort(key=lambda p: order[p.site.name])
-    taken = {path for p in result for path, slot, _ in p.carriers if slot == LAYER}
+    taken = {path for p in result for path, slot, _ in p.carriers if slot in (LAYER, "weight")}
     for placement in {p.site.name: p for _, p in _whole(model, sites)}.values():
         path, name, _ = placement.carriers[0]
         if path in taken and name == "weight":

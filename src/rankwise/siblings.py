@@ -8,7 +8,7 @@ first one did.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, final
 
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from rankwise.activity import Choice, Routing
 from rankwise.adapter import Dropout, Placement, Registry, blocks, stacked
 from rankwise.host import LAYER, Conv1DHost, LayerHost, LinearHost, kind_of
+from rankwise.ops.form import about
 from rankwise.ops.fused import Bundle, Part
+from rankwise.ops.operator import leaves
 from rankwise.structures.structure import SAMPLED
 
 NAMES = (
@@ -29,12 +31,12 @@ CROSS = ("cross", "encdec", "encoder_attn")  # attention whose queries read anot
 
 
 class _Plan(NamedTuple):
-    """What the members run as one node, and what has to be as it was for that to hold."""
+    """What the members run as one node, or one of them alone, and what has to be as it was for that to hold."""
 
     then: tuple[Any, ...]
     same: list[tuple[dict[str, Any], str, Any]]  # a mapping, a name in it, and the object that was there
     hosts: dict[nn.Module, LayerHost]
-    bundle: Bundle
+    run: Callable[[Tensor], tuple[Tensor, ...]]
 
     def holds(self, now: tuple[Any, ...]) -> bool:
         return self.then == now and all(mapping[name] is there for mapping, name, there in self.same)
@@ -55,6 +57,7 @@ class Siblings:
     def _forget(self) -> None:
         self._plan: _Plan | None = None
         self._alone: tuple[Any, ...] | None = None  # when no member could run as a part
+        self._lone: dict[nn.Module, _Plan | None] = {}  # how each then runs
         self._ready: dict[nn.Module, tuple[LayerHost, Tensor]] = {}
         self._x: Tensor | None = None
         self._then: tuple[Choice, int] | None = None
@@ -103,15 +106,18 @@ class Siblings:
         inside = torch._C._are_functorch_transforms_active()
         now = (choice, registry.generation, x.dtype, x.device, module.training, cast, inside)
         plan = self._plan
-        if self._alone == (now, x.shape) and not traced:
-            return
-        if traced or plan is None or not plan.holds(now):
+        size = x.dim(), about(x.numel() // max(x.shape[-1], 1))  # what a form is chosen by
+        if self._alone == (now, size) and not traced:
+            plan = self._lone.get(module)
+            if module not in self._lone or plan is not None and not plan.holds(now):
+                plan = self._lone[module] = _by_itself(module, choice, now, x)
+        elif traced or plan is None or not plan.holds(now):
             plan = self._make(now, choice, seen)
-            self._alone = (now, x.shape) if plan is None else None
+            self._alone, self._lone = (now, size) if plan is None else None, {}
             self._plan = plan if plan is not None and plan.same else None  # else of tensors computed for this call
         if plan is None or module not in plan.hosts:
             return
-        outs = plan.bundle(seen)
+        outs = plan.run(seen)
         if seen is not x:
             outs = tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outs)
         self._ready = {m: (host, y) for (m, host), y in zip(plan.hosts.items(), outs, strict=True)}
@@ -136,8 +142,8 @@ class Siblings:
 
 def _is_still(part: Part) -> bool:
     """Whether a part is made of parameters alone, not of a view of one, whose data may be replaced meanwhile."""
-    tensors = [t for t in (part.weight, part.left, part.right) if isinstance(t, Tensor)]
-    return part.magnitude is None and all(isinstance(t, nn.Parameter) for t in tensors)
+    tensors = [t for t in (part.weight, part.left, part.right, part.magnitude) if isinstance(t, Tensor)]
+    return all(isinstance(t, nn.Parameter) for t in tensors)
 
 
 def _where(module: Any, choice: tuple[str, ...]) -> list[tuple[dict[str, Any], str, Any]]:
@@ -146,6 +152,23 @@ def _where(module: Any, choice: tuple[str, ...]) -> list[tuple[dict[str, Any], s
     tables += [(level.pool._parameters, [*level.keys.values()])] if level.keys else []
     found = [(table, name, table[name]) for table, names in tables for name in names]
     return [*found, *((level.__dict__, name, getattr(level, name)) for name in ("training", "dropout", "structure"))]
+
+
+def _by_itself(module: Any, choice: Choice, now: tuple[Any, ...], x: Tensor) -> _Plan | None:
+    """How a layer runs that is no part of a node, where its update is made of parameters alone."""
+    if "_old_forward" in module.__dict__ or "grafted_transposed" in module.__dict__ or isinstance(choice, Routing):
+        return None
+    levels, kind = module._modules["adapters"].active(choice, LAYER), kind_of(module)
+    if kind is None or len(levels) != 1 or (levels[0].training and levels[0].dropout):
+        return None
+    f, host = levels[0].seen(), kind(module)
+    correction = levels[0].structure.correction(f, host) if SAMPLED not in f else None
+    if correction is None or correction.magnitude is not None:
+        return None
+    if not all(isinstance(t, nn.Parameter) for t in leaves(correction.op)):
+        return None
+    run = host.ready(correction.op, x)
+    return _Plan(now, _where(module, choice), {module: host}, lambda x: (run(x),))
 
 
 def _part(module: Any, choice: Choice, x: Tensor) -> tuple[LayerHost, Part] | None:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.host.norms import dense_row_norm
-from rankwise.host.site import LayerHost, Site
+from rankwise.host.site import LayerHost, Site, computes_as
 from rankwise.ops import Dense, LinearOperator
 from rankwise.ops.linalg import widened
 
 _CONV = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
+KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _TRANSPOSED = {1: nn.functional.conv_transpose1d, 2: nn.functional.conv_transpose2d, 3: nn.functional.conv_transpose3d}
 
 
@@ -35,7 +36,7 @@ class ConvHost(LayerHost):
 
     @staticmethod
     def claims(module: nn.Module) -> bool:
-        return isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module.weight, nn.UninitializedParameter)
+        return computes_as(module, *KINDS) and not isinstance(module.weight, nn.UninitializedParameter)
 
     def site(self, name: str) -> Site:
         m = self.module

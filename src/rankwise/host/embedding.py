@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rankwise.errors import TargetError
 from rankwise.host.linear import scale_last
 from rankwise.host.norms import dense_row_norm
-from rankwise.host.site import LayerHost, Site, turn_last
+from rankwise.host.site import LayerHost, Site, computes_as, turn_last
 from rankwise.ops import Dense, LinearOperator
 from rankwise.ops.linalg import widened
 from rankwise.ops.operator import gather_rows
@@ -27,7 +27,9 @@ class EmbeddingHost(LayerHost):
 
     @staticmethod
     def claims(module: nn.Module) -> bool:
-        return isinstance(module, nn.Embedding)
+        return isinstance(module, nn.Embedding) and (
+            computes_as(module, nn.Embedding) or hasattr(module, "embed_scale")
+        )
 
     def site(self, name: str) -> Site:
         if self.module.max_norm is not None:

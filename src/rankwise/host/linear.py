@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.host.norms import factored_row_norm
-from rankwise.host.site import Correction, LayerHost, Site, flat_tokens, turn_last
+from rankwise.host.site import Correction, LayerHost, Site, computes_as, flat_tokens, turn_last
 from rankwise.ops import LinearOperator, Product, Scaled, Sum
-from rankwise.ops.form import Form, cheapest
+from rankwise.ops.form import Form, about, cheapest
 from rankwise.ops.fused import Edited, Part
 from rankwise.ops.operator import leaves
-from rankwise.ops.whole import run as run_whole
-from rankwise.ops.whole import together
-from rankwise.weights import DenseWeight
+from rankwise.ops.whole import Whole, together
+from rankwise.weights import DenseWeight, format_of
 
 
 def scale_last(y: Tensor, scale: Tensor) -> Tensor:
@@ -70,13 +69,13 @@ class _MatrixHost(LayerHost):
             return None
         return Part(stored, pair.left, pair.right, scale, *correction[1:])
 
-    def whole(self, op: LinearOperator, x: Tensor) -> Tensor | None:
-        batched = any(t.dim() != 2 for t in leaves(op))
-        if batched or torch.compiler.is_compiling() or self.dropout or not isinstance(self.storage, DenseWeight):
+    def whole(self, op: LinearOperator, x: Tensor) -> Whole | None:
+        if torch.compiler.is_compiling() or self.dropout or not isinstance(self.storage, DenseWeight):
             return None
-        if not self._direct(x, op.shape[1]) or self._form(op, x) is not Form.WHOLE:
+        tensors = leaves(op)
+        if any(t.dim() != 2 for t in tensors) or not self._direct(x, op.shape[1]):
             return None
-        return run_whole(x, self.matrix(self.module.weight), op)
+        return Whole(self.matrix(self.module.weight), op, tensors) if self._form(op, x) is Form.WHOLE else None
 
     def beside(self, x: Tensor, update: Callable[[], Tensor]) -> Tensor:
         if not isinstance(self.storage, DenseWeight) or not self._direct(x, x.shape[-1]):
@@ -99,7 +98,7 @@ class _MatrixHost(LayerHost):
         rank, (m, n) = op.rank, op.shape
         if rank is not None and isinstance(op, Product) and 3 * rank * (m + n) <= m * n:
             return Form.LOW_RANK  # as nearly always
-        return cheapest(op, x.numel() // max(n, 1), together(x))
+        return cheapest(op, about(x.numel() // max(n, 1)), together(x))
 
     def row_norm(self, op: LinearOperator) -> Tensor:
         return factored_row_norm(self.module.weight, self.weight(), op)
@@ -127,7 +126,10 @@ class LinearHost(_MatrixHost):
 
     @staticmethod
     def claims(module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear)
+        if not isinstance(module, nn.Linear):
+            return False
+        written_out = type(module).__name__ == "FalconLinear"  # the same product, in its own words
+        return computes_as(module, nn.Linear) or written_out or format_of(module) is not DenseWeight
 
     def site(self, name: str) -> Site:
         out, in_ = self.module.out_features, self.module.in_features  # a packed weight has another shape

@@ -61,6 +61,12 @@ class Site:
         return self.name.rpartition(".")[2]
 
 
+def computes_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module runs the forward of one of these classes, and none of its own class's."""
+    cls = getattr(type(module), "grafted_base", type(module))
+    return any(issubclass(cls, kind) and cls.forward is kind.forward for kind in kinds)
+
+
 def flat_tokens(x: Tensor) -> Tensor:
     """Fold all dims between the first and the last: (B, ..., N) -> (B, T, N); (N,) -> (1, N)."""
     if x.dim() == 1:
@@ -79,13 +85,13 @@ class Correction(NamedTuple):
     Attributes:
         op: the update (out, in).
         magnitude: m (*batch, out), or None for no scale.
-        norm: n, the norms of the rows of W + op, constant in backward; infinite where they are zero.
+        norm: gives n, the norms of the rows of W + op, constant in backward; infinite where they are zero.
         recompute: for m's gradient make the layer's output again in backward, instead of saving it.
     """
 
     op: LinearOperator
     magnitude: Tensor | None = None
-    norm: Tensor | None = None
+    norm: Callable[[], Tensor] | None = None
     recompute: bool = False
 
 
@@ -119,8 +125,8 @@ class Host(ABC):
         """This layer and a low-rank correction as part of a fused node at x, None where there is no such form."""
         return None
 
-    def whole(self, op: LinearOperator, x: Tensor) -> Tensor | None:
-        """The map of ``W + op`` by the matrix of op, None where that is not its cheapest form."""
+    def whole(self, op: LinearOperator, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The map of ``W + op`` by the matrix of op, None where that is not its cheapest form at x."""
         return None
 
     def beside(self, x: Tensor, update: Callable[[], Tensor]) -> Tensor:
@@ -139,9 +145,13 @@ class Host(ABC):
             return fused(x, [part], self.dropout)[0]
         op, magnitude, norm, _ = correction
         if magnitude is not None and norm is not None:
-            return self.scale_rows(magnitude / norm, lambda x: self.plus(Correction(op), x), x)
-        y = self.whole(op, x)
-        return self.beside(x, lambda: self._dropped(op, x)) if y is None else y
+            return self.scale_rows(magnitude / norm(), lambda x: self.plus(Correction(op), x), x)
+        return self.ready(op, x)(x)
+
+    @final
+    def ready(self, op: LinearOperator, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """The map of ``W + op`` in the form that is cheapest for what is like x."""
+        return self.whole(op, x) or (lambda x: self.beside(x, lambda: self._dropped(op, x)))
 
     @final
     def _dropped(self, op: LinearOperator, x: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ class Scaled(LinearOperator):
 
     def lower(self) -> LowRank | None:
         pair = self.op.lower()
-        return None if pair is None else LowRank(pair.left * self.scale, pair.right)
+        return None if pair is None else LowRank(self._times(pair.left), pair.right)
 
     def added(self, weight: Tensor, scale: float = 1.0) -> Tensor:
         return self.op.added(weight, scale * self.scale)

@@ -17,6 +17,11 @@ class Form(Enum):
     WHOLE = "whole"  # by the matrix of op
 
 
+def about(tokens: int) -> int:
+    """The power of two at or below a number of tokens: batches that differ little are run alike."""
+    return 1 << max(tokens, 1).bit_length() - 1
+
+
 def costs(op: LinearOperator, tokens: int, together: bool) -> dict[Form, int]:
     """Multiply-adds of forward and backward above the frozen weight's own, by form.
 

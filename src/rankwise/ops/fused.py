@@ -7,13 +7,14 @@ it is trained; the mask of dropout is made again from two small vectors; factors
 quantised weight is dequantised again, never kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from rankwise.errors import TrainingError
 from rankwise.ops.form import VECTOR
 from rankwise.ops.operator import LowRank
 
@@ -55,7 +56,7 @@ class Part(NamedTuple):
         right: (r, N).
         scale: s.
         magnitude: m, trainable and never zero, or None for no row scale.
-        norm: n, a constant; infinite where a row of W' is zero.
+        norm: gives n, a constant, at every run; infinite where a row of W' is zero.
         recompute: make the unscaled output again in backward, which m's gradient needs, instead of saving the output.
     """
 
@@ -64,7 +65,7 @@ class Part(NamedTuple):
     right: Tensor
     scale: float = 1.0
     magnitude: Tensor | None = None
-    norm: Tensor | None = None
+    norm: Callable[[], Tensor] | None = None
     recompute: bool = False
 
 
@@ -73,16 +74,16 @@ class Bundle(NamedTuple):
 
     Attributes:
         how: (dropout, (frozen weight or None, scale, recompute) of each part).
-        tensors: weight or None, left, right, magnitude and norm of each part.
+        tensors: weight or None, left, right, magnitude and what gives the norm, of each part.
     """
 
     how: tuple[float, list[tuple[Frozen | None, float, bool]]]
-    tensors: list[Tensor | None]
+    tensors: list[Tensor | Callable[[], Tensor] | None]
 
     @classmethod
     def of(cls, parts: Sequence[Part], dropout: float) -> "Bundle":
         """The parts, all under the same dropout."""
-        tensors: list[Tensor | None] = []
+        tensors: list[Tensor | Callable[[], Tensor] | None] = []
         fixed: list[tuple[Frozen | None, float, bool]] = []
         for weight, left, right, scale, magnitude, norm, recompute in parts:
             plain = isinstance(weight, Tensor)
@@ -98,7 +99,7 @@ class Bundle(NamedTuple):
         if self.how[0]:
             shapes = (*x.shape[:-1], 1), x.shape[-1:]
             rows, cols = (torch.randint(-(2**31), 2**31, s, dtype=torch.int32, device=x.device) | 1 for s in shapes)
-        tensors = self.tensors
+        tensors = [t if t is None or isinstance(t, Tensor) else t() for t in self.tensors]
         if torch.compiler.is_compiling():  # Dynamo takes no tensor twice, and parts may share a factor
             tensors = [t if t is None else t.view_as(t) for t in tensors]
         return _Fused.apply(self.how, x, rows, cols, *tensors)[: len(self.how[1])]
@@ -191,9 +192,9 @@ def _times(scale: float, x: Tensor) -> Tensor:
     return x if scale == 1 else x * scale
 
 
-def _scaled_rows(y: Tensor, magnitude: Tensor, norm: Tensor, out: Tensor | None = None) -> Tensor:
+def _scaled_rows(y: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
     """The rows of W scaled by m/n, which are the entries of y's last dim; into ``out`` if given."""
-    scale = (_nonzero(magnitude) / norm).unsqueeze(-2)
+    scale = scale.unsqueeze(-2)
     if y.dtype not in HALF:
         return torch.mul(y, scale.to(y.dtype), out=out)
     # m/n rounded to y's dtype would lose what m has learnt: y is multiplied by 1, or by that, and then by the rest
@@ -215,6 +216,21 @@ def _over_tokens(y: Tensor, like: Tensor) -> Tensor:
     return (y.flatten(0, -2).sum(0) if like.dim() == 1 else y.sum(-2)).to(like.dtype)
 
 
+def _saved(ctx: Any) -> Sequence[Any]:
+    if torch.compiler.is_compiling():
+        return ctx.saved_tensors
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:  # whoever reads the output may write on it too
+        if "inplace" not in str(error) or not ctx.keeps:
+            raise
+        raise TrainingError(
+            "The gradient of DoRA's magnitude reads the layer's output, which the model has changed in place (x += y, "
+            "ReLU(inplace=True)). Make the output again in backward instead: recompute=True in the recipe, at the cost "
+            "of one more product; or change the model."
+        ) from error
+
+
 @final
 class _Fused(Function):
     @staticmethod
@@ -228,7 +244,7 @@ class _Fused(Function):
             # the thin product first: the large one adds to it
             y = _product(x, weight, frozen, h @ _cast(left, x).mT, scale)
             if magnitude is not None:
-                _scaled_rows(y, magnitude, norm, out=y)
+                _scaled_rows(y, _nonzero(magnitude) / norm, out=y)
             outs.append(y)
             kept.append(None if magnitude is None or recompute else y)
         needs = ctx.needs_input_grad[4:]
@@ -236,7 +252,7 @@ class _Fused(Function):
         if read and x.dtype in HALF:  # where memory is what one trains in half precision for, h is made again
             narrow = ()
         ctx.save_for_backward(x if read else None, rows, cols, *tensors, *kept, *narrow)
-        ctx.how, ctx.read = how, read
+        ctx.how, ctx.read, ctx.keeps = how, read, any(y is not None for y in kept)
         ctx.set_materialize_grads(False)
         return *outs, *narrow  # as an output, what is saved is no constant to a second backward
 
@@ -244,7 +260,7 @@ class _Fused(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dropout, fixed = ctx.how
         n = len(fixed)
-        x, rows, cols, *rest = ctx.saved_tensors
+        x, rows, cols, *rest = _saved(ctx)
         tensors, outs, narrow = rest[: EACH * n], rest[EACH * n : EACH * n + n], rest[EACH * n + n :]
         rights, keep = tensors[2::EACH], _keep(rows, cols, dropout)
         seen = torch.where(keep, x, 0) if ctx.read and keep is not None else x
@@ -262,12 +278,13 @@ class _Fused(Function):
                 backs.append(torch.zeros_like(h) if more is None else more)
                 continue
             if magnitude is not None:
+                m = _nonzero(magnitude)
                 if outs[i] is None:
                     y = _product(x, weight, frozen, h @ _cast(left, x).mT, scale)
                     found[at + 3] = _over_tokens(g * y, norm) / norm
                 else:  # the output is m/n times that
-                    found[at + 3] = _over_tokens(g * outs[i], norm) / _nonzero(magnitude)
-                g = _scaled_rows(g, magnitude, norm)
+                    found[at + 3] = _over_tokens(g * outs[i], norm) / m
+                g = _scaled_rows(g, m / norm)
             back = _times(scale, thin(g, _cast(left, g).mT))
             backs.append(back if more is None else back + more)
             if needs[at + 1]:

@@ -1,10 +1,18 @@
 """What the methods share: a dtype that is wide enough, truncated SVD, Cayley map, near-square splits."""
 
 import warnings
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off on a tensor's device; nothing where it is off."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def widened(x: Tensor) -> Tensor:
@@ -121,12 +129,21 @@ def truncated_svd(w: Tensor, rank: int, *, iterations: int | None = None, seed: 
     return triplets
 
 
+@cache
+@torch.inference_mode(False)
+def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each entry of a skew-symmetric matrix which of the upper triangle's it is, and its sign: (size^2,) each."""
+    upper = torch.ones(size, size, device=device).triu(1)
+    index = torch.zeros(size, size, dtype=torch.long, device=device)
+    index[tuple(torch.triu_indices(size, size, 1, device=device))] = torch.arange(size * (size - 1) // 2, device=device)
+    return (index + index.mT).flatten(), (upper - upper.mT).flatten()
+
+
 def skew(entries: Tensor, size: int) -> Tensor:
     """Skew-symmetric matrices from their upper triangles: (..., b(b-1)/2) -> (..., b, b)."""
-    row, col = torch.triu_indices(size, size, 1, device=entries.device)
-    q = entries.new_zeros(*entries.shape[:-1], size, size)
-    q[..., row, col] = entries
-    return q - q.mT
+    fresh = torch.compiler.is_compiling() or type(entries).__name__ == "FakeTensor"
+    index, sign = (_triangle.__wrapped__ if fresh else _triangle)(size, entries.device)
+    return (entries.index_select(-1, index) * sign).unflatten(-1, (size, size))
 
 
 def cayley(q: Tensor, terms: int | None = None) -> Tensor:
@@ -143,7 +160,7 @@ def cayley(q: Tensor, terms: int | None = None) -> Tensor:
     q = widened(q)
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     if terms is None:
-        return torch.linalg.solve(eye - q, eye + q)  # the two factors commute
+        return 2 * torch.linalg.inv_ex(eye - q).inverse - eye  # eye - q is never singular
     # (I+Q)(I-Q)^-1 = I + 2Q + 2Q^2 + ... + 2Q^(t-2) + Q^(t-1), the tail that PEFT uses, by Horner's rule in Q^2
     square, two = q @ q, 2 * (eye + q)
     if terms == 3:

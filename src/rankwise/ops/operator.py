@@ -102,13 +102,17 @@ class LinearOperator(ABC):
 
 
 def leaves(op: LinearOperator) -> list[Tensor]:
-    """The tensors that define an operator, in a fixed order."""
+    """The tensors that define an operator, in a fixed order; not to be changed."""
+    if "_leaves" in vars(op):  # asked many times a step
+        return vars(op)["_leaves"]
     found: list[Tensor] = []
     for value in vars(op).values():
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, LinearOperator):
             found += leaves(value)
+    if not torch.compiler.is_compiling():
+        vars(op)["_leaves"] = found
     return found
 
 
@@ -125,6 +129,7 @@ def trained(op: LinearOperator) -> bool:
 def with_leaves(op: LinearOperator, tensors: Iterator[Tensor]) -> LinearOperator:
     """The operator over other tensors, given in the order of :func:`leaves`."""
     other = copy.copy(op)
+    vars(other).pop("_leaves", None)
     for name, value in vars(op).items():
         if isinstance(value, Tensor):
             setattr(other, name, next(tensors))

@@ -5,27 +5,37 @@ gradient ``g^T x`` is a full product. In float32 and above W + op is one weight;
 update away, and each has its own product. Shapes: x (*batch, T, N), W (M, N).
 """
 
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from rankwise.ops.linalg import without_autocast
 from rankwise.ops.operator import LinearOperator, leaves, with_leaves
 
 
-def run(x: Tensor, weight: Tensor | None, op: LinearOperator) -> Tensor:
-    """``x (W + op)^T``, differentiable twice.
+class Whole(NamedTuple):
+    """A weight and an update made ready to run, again and again while their tensors are the same.
 
-    Args:
-        x: (*batch, T, N), of W's dtype.
+    Attributes:
         weight: W (M, N); None for zero.
         op: (M, N), without a batch.
-
-    Returns:
-        (*batch, T, M).
+        tensors: those of op.
     """
-    return _Whole.apply(op, x, weight, *leaves(op))
+
+    weight: Tensor | None
+    op: LinearOperator
+    tensors: list[Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x (W + op)^T``, x of W's dtype, differentiable twice: (*batch, T, N) to (*batch, T, M)."""
+        return _Whole.apply(self.op, x, self.weight, *self.tensors)
+
+
+def run(x: Tensor, weight: Tensor | None, op: LinearOperator) -> Tensor:
+    """``x (W + op)^T``: a :class:`Whole` that runs once."""
+    return Whole(weight, op, leaves(op))(x)
 
 
 def together(x: Tensor) -> bool:
@@ -34,8 +44,8 @@ def together(x: Tensor) -> bool:
 
 
 def _matrices(op: LinearOperator, weight: Tensor | None, like: Tensor) -> list[Tensor]:
-    """Matrices (M, N) that add up to W + op, each for a product of its own."""
-    with torch.autocast(like.device.type, enabled=False):  # formed in forward as in backward
+    """Matrices (M, N) that add up to W + op, each for a product of its own; formed in forward as in backward."""
+    with without_autocast(like):
         if weight is not None and together(like):
             return [op.added(weight)]
         update = op.dense().to(like.dtype)

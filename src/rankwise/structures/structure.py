@@ -265,8 +265,12 @@ class Gate(Leaf):
         """The gate minus one, (out, in)."""
 
     @final
+    def correction(self, f: Factors, host: Host) -> Correction:
+        return Correction(Hadamard(Dense(host.weight()), self.operator(f)))
+
+    @final
     def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
-        return host.plus(Correction(Hadamard(Dense(host.weight()), self.operator(f))), x)
+        return host.plus(self.correction(f, host), x)
 
     @final
     def weight(self, f: Factors, w: Tensor) -> Tensor:

@@ -89,9 +89,8 @@ class Magnitude(Structure):
         inner = self.inner.correction(f, host)
         if inner is None:
             return None
-        with torch.no_grad():
-            norm = host.row_norm(inner.op)
-        return Correction(inner.op, f["magnitude"], _or_infinite(norm), self.recompute)
+        norm = torch.no_grad()(lambda: _or_infinite(host.row_norm(inner.op)))
+        return Correction(inner.op, f["magnitude"], norm, self.recompute)
 
     def apply(self, f: Factors, x: Tensor, host: Host) -> Tensor:
         correction = self.correction(f, host)

@@ -105,7 +105,7 @@ def places(model: nn.Module, parameters: Iterable[str]) -> list[Place]:
         elif f".{full}".endswith(wanted):
             found.append(Place(c.path + ".base_layer" * wrappers[c.path], full, c))
             wrappers[c.path] += 1
-        elif c.slot == LAYER:
+        elif c.slot == LAYER or c.site.name == c.path:
             found.append(Place(c.path, c.path, c))
     return found
 
