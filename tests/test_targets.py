@@ -350,3 +350,34 @@ def test_what_computes_more_than_its_kind_is_read_or_refused():
     torch.testing.assert_close(model(x), want)
     randomise(adapter, lambda: model(x))
     assert not torch.allclose(model(x), want)
+
+
+def _reads(self, x):
+    return sum(x @ child.weight.mT for child in self.children())
+
+
+@pytest.mark.parametrize(
+    ("around", "layer"),
+    [
+        ("JambaMambaMixer", "dt_proj"),
+        ("Zamba2MambaMixer", "out_proj"),
+        ("BambaMixer", "out_proj"),
+        ("FalconH1Mixer", "out_proj"),
+        ("WavLMAttention", "q_proj"),
+        ("DetrMHAttentionMap", "k_proj"),
+        ("LayoutLMv3Encoder", "rel_pos_bias"),
+    ],
+)
+def test_a_weight_that_the_code_around_reads_is_adapted_there(around, layer):
+    torch.manual_seed(0)
+    model, x = type(around, (nn.Module,), {"forward": _reads})(), torch.randn(3, 8)
+    model.add_module(layer, nn.Linear(8, 6))
+    want = model(x)
+    adapter = rw.attach(model, rw.recipe("lora", rank=2))
+    torch.testing.assert_close(model(x), want)
+    randomise(adapter, lambda: model(x))
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+    moved = model(x)
+    rw.merge(model)
+    torch.testing.assert_close(model(x), moved)

@@ -22,6 +22,7 @@ _READ = {
     re.compile("Mamba|BambaMixer|FalconH1Mixer"): {"dt_proj", "x_proj", "out_proj"},
     re.compile("WavLMAttention"): {"q_proj", "k_proj", "v_proj", "out_proj"},
     re.compile("MHAttentionMap"): {"k_proj"},
+    re.compile("LayoutLMv[23]Encoder"): {"rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"},
 }
 _EXPERTS = re.compile("expert|moe", re.IGNORECASE)
 _MHA = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")

@@ -141,6 +141,8 @@ def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def skew(entries: Tensor, size: int) -> Tensor:
     """Skew-symmetric matrices from their upper triangles: (..., b(b-1)/2) -> (..., b, b)."""
+    if size == 1:  # no entries to select from
+        return entries.new_zeros(*entries.shape[:-1], 1, 1)
     fresh = torch.compiler.is_compiling() or type(entries).__name__ == "FakeTensor"
     index, sign = (_triangle.__wrapped__ if fresh else _triangle)(size, entries.device)
     return (entries.index_select(-1, index) * sign).unflatten(-1, (size, size))
