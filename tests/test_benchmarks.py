@@ -116,6 +116,15 @@ def test_peak_is_no_less_than_what_is_saved():
     assert most >= memory.saved(model, given)["saved"]
 
 
+def test_peak_is_what_two_runs_agree_on(monkeypatch):
+    runs = iter([0, 4096, 4096])
+    monkeypatch.setattr(memory, "profiled", lambda step: next(runs))
+    assert memory.peak(lambda: None, "cpu") == 4096
+    runs = iter(range(5))
+    with pytest.raises(RuntimeError, match="disagree"):
+        memory.peak(lambda: None, "cpu")
+
+
 def test_least_arithmetic_of_a_square_layer():
     model = nn.ModuleDict({"q_proj": nn.Linear(32, 32, bias=False)})
     assert share(nn.Sequential(model), 4) == pytest.approx(6 * 4 * 64 / (4 * 32 * 32))
