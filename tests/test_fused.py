@@ -50,10 +50,12 @@ def written_out(x, parts):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("count", "vector"), [(1, 1), (1, 16), (3, 16)])  # what is narrow lies as (T, r), or (r, T)
 @pytest.mark.parametrize("batch", [(), (2,)])
-def test_low_rank_parts(vector, batch, count, scaled, recompute, monkeypatch):
+@pytest.mark.parametrize("tokens", [2, 3])  # fewer than W is wide, in all, or more
+def test_low_rank_parts(tokens, vector, batch, count, scaled, recompute, monkeypatch):
     monkeypatch.setattr(fused, "VECTOR", vector)
+    monkeypatch.setattr(fused, "CACHED", 8)  # one token at a time, or two
     torch.manual_seed(0)
-    x, flat = tensor(2, 3, 5), []
+    x, flat = tensor(2, tokens, 5), []
     for i in range(count):
         rows, rank = 4 + i, 1 + i
         flat += [tensor(rows, 5), tensor(*batch, rows, rank), tensor(*batch, rank, 5), tensor(*batch, rows)]

@@ -6,14 +6,14 @@ from typing import final
 import torch
 from torch import Tensor
 
-from rankwise.ops.operator import Cost, LinearOperator, LowRank, gradients_of, trained
+from rankwise.ops.operator import Cost, LinearOperator, LowRank, gradients_of, leaves, trained
 
 
 @final
 class Hadamard(LinearOperator):
     """``first * second`` elementwise; two low-rank terms give rank r1 r2 (row-wise Khatri-Rao)."""
 
-    held: tuple[Tensor, ...] = ()  # the matrices of both, where they are formed once
+    held: tuple[Tensor, ...] = ()  # the matrices of both, where they are formed once; the gradients write on them
 
     def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
         self.first, self.second = first, second
@@ -40,13 +40,23 @@ class Hadamard(LinearOperator):
         right = (one.right.unsqueeze(-2) * two.right.unsqueeze(-3)).flatten(-3, -2)
         return LowRank(left, right)
 
+    def _is_spare(self, matrix: Tensor) -> bool:
+        """Whether a matrix was made here, and nobody else reads it: memory just written is cheaper than fresh."""
+        mine = not matrix._is_view() and all(matrix is not leaf for leaf in leaves(self))
+        return mine and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
     def added(self, weight: Tensor, scale: float = 1.0) -> Tensor:
-        one, two = (self._matrix(i).to(weight.dtype) for i in (0, 1))
-        return torch.addcmul(weight, one, two, value=scale)
+        made = [self._matrix(i).to(weight.dtype) for i in (0, 1)]
+        spare = [t for t in made if t.shape == weight.shape and self._is_spare(t)]
+        out = spare[0] if spare and not self.held and made[0].shape == made[1].shape else None
+        return torch.addcmul(weight, *made, value=scale, out=out)
 
     def gradients(self, g: Tensor) -> list[Tensor | None]:
-        first = gradients_of(self.first, lambda: g * self._matrix(1))
-        return first + gradients_of(self.second, lambda: g * self._matrix(0))
+        def through(i: int) -> Tensor:
+            other = self._matrix(i)
+            return other.mul_(g) if other.dtype == g.dtype and self._is_spare(other) else g * other
+
+        return gradients_of(self.first, lambda: through(1)) + gradients_of(self.second, lambda: through(0))
 
     def formed(self) -> LinearOperator:
         other = copy.copy(self)

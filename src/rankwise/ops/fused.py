@@ -8,6 +8,7 @@ quantised weight is dequantised again, never kept.
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple, Protocol, final
 
 import torch
@@ -120,6 +121,7 @@ def run(x: Tensor, parts: Sequence[Part], dropout: float = 0.0) -> tuple[Tensor,
 
 
 HALF = (torch.bfloat16, torch.float16)
+CACHED = 2**16  # entries of a product that is summed at once: a CPU's cache holds them
 EACH = 5  # tensors of a part: weight, left, right, magnitude, norm
 
 
@@ -208,12 +210,23 @@ def _scaled_rows(y: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
 
 def _nonzero(magnitude: Tensor) -> Tensor:
     """m, a zero as a tiny number: so its gradient can be read off the output."""
-    return magnitude.masked_fill(magnitude == 0, 1e-30)
+    return magnitude + 1e-30  # which is m itself for any other
 
 
-def _over_tokens(y: Tensor, like: Tensor) -> Tensor:
-    """The sum over all tokens: (*batch, T, M) to the shape of a magnitude."""
-    return (y.flatten(0, -2).sum(0) if like.dim() == 1 else y.sum(-2)).to(like.dtype)
+def _by_weight(weight: Tensor | None, magnitude: Tensor, y: Tensor) -> bool:
+    """Whether m/n scales W (M, N), which is smaller than an output (*, T, M), where that is as precise."""
+    if weight is None or magnitude.dim() > 1 or y.dtype in HALF or torch.compiler.is_compiling():
+        return False
+    return weight.shape[-1] < y.shape[:-1].numel()
+
+
+def _over_tokens(g: Tensor, y: Tensor, like: Tensor) -> Tensor:
+    """The sum of ``g * y`` over all tokens: (*batch, T, M) to the shape of a magnitude."""
+    if like.dim() > 1:
+        return (g * y).sum(-2).to(like.dtype)
+    every = max(1, CACHED // g.shape[-1]) if g.device.type == "cpu" and not torch.compiler.is_compiling() else g.numel()
+    pieces = zip(_rows(g).split(every), _rows(y).split(every), strict=True)
+    return reduce(torch.add, [(one * other).sum(0) for one, other in pieces]).to(like.dtype)
 
 
 def _saved(ctx: Any) -> Sequence[Any]:
@@ -242,9 +255,13 @@ class _Fused(Function):
         for i, ((frozen, scale, recompute), h) in enumerate(zip(fixed, narrow, strict=True)):
             weight, left, _, magnitude, norm = tensors[EACH * i : EACH * i + EACH]
             # the thin product first: the large one adds to it
+            ratio = None if magnitude is None else _nonzero(magnitude) / norm
+            if ratio is not None and _by_weight(weight, ratio, h):
+                ratio = ratio.to(h.dtype).unsqueeze(-1)
+                weight, left, ratio = weight * ratio, left * ratio, None
             y = _product(x, weight, frozen, h @ _cast(left, x).mT, scale)
-            if magnitude is not None:
-                _scaled_rows(y, _nonzero(magnitude) / norm, out=y)
+            if ratio is not None:
+                _scaled_rows(y, ratio, out=y)
             outs.append(y)
             kept.append(None if magnitude is None or recompute else y)
         needs = ctx.needs_input_grad[4:]
@@ -277,20 +294,27 @@ class _Fused(Function):
             if g is None:
                 backs.append(torch.zeros_like(h) if more is None else more)
                 continue
+            ratio = None
             if magnitude is not None:
                 m = _nonzero(magnitude)
                 if outs[i] is None:
                     y = _product(x, weight, frozen, h @ _cast(left, x).mT, scale)
-                    found[at + 3] = _over_tokens(g * y, norm) / norm
+                    found[at + 3] = _over_tokens(g, y, norm) / norm
                 else:  # the output is m/n times that
-                    found[at + 3] = _over_tokens(g * outs[i], norm) / m
-                g = _scaled_rows(g, m / norm)
+                    found[at + 3] = _over_tokens(g, outs[i], norm) / m
+                if _by_weight(weight, magnitude, g):
+                    ratio = (m / norm).to(g.dtype).unsqueeze(-1)
+                    weight, left = weight * ratio, left * ratio
+                else:
+                    g = _scaled_rows(g, m / norm)
             back = _times(scale, thin(g, _cast(left, g).mT))
             backs.append(back if more is None else back + more)
             if needs[at + 1]:
-                found[at + 1] = _times(scale, _cast(_outer(g, h, left), left))
+                dl = _times(scale, _cast(_outer(g, h, left), left))
+                found[at + 1] = dl if ratio is None else dl * ratio
             if needs[at]:
-                found[at] = _rows(g).mT @ _rows(x)
+                dw = _rows(g).mT @ _rows(x)
+                found[at] = dw if ratio is None else dw * ratio
             wide.append((_rows(g), weight, frozen))
         back = backs[0] if n == 1 else torch.cat(backs, dim=-1)
         if needs[1]:
