@@ -39,7 +39,7 @@ REFERENCES = {
         switched, lambda m, n, o: o["most"] * (m + n), "Liu et al. 2024, arXiv 2403.16187, eq. 3",
         {"rank": 2, "most": 5}, ({"rank": 3, "most": 3, "alpha": 6.0},),
     ),
-    "autolora": Reference(softmax, gated, "Zhang et al. 2024, arXiv 2403.09113, as in its code", {"rank": 3}),
+    "autolora": Reference(softmax, gated, "Zhang et al. 2024, arXiv 2403.09113, eq. 2 and 3; code read", {"rank": 3}),
     "prilora": Reference(  # a layer alone has the average rank
         pair, lambda m, n, o: o["rank"] * (m + n), "Benedek and Wolf 2024, arXiv 2401.11316", {"rank": 3},
         ({"rank": 4, "alpha": 2.0},),

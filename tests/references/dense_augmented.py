@@ -114,7 +114,7 @@ def of_prolora(m, n, o):
 
 REFERENCES = {
     "abba": Reference(
-        abba, lambda m, n, o: 2 * pair(m, n, o), "Singhal et al. 2025, arXiv 2505.14238, theorem 1, as its code has it",
+        abba, lambda m, n, o: 2 * pair(m, n, o), "Singhal et al. 2025, arXiv 2505.14238, eq. 7",
         {"rank": 3}, ({"rank": 2, "alpha": 5.0},),
     ),
     "mora": Reference(

@@ -61,7 +61,7 @@ REFERENCES = {
     ),
     "lora_xs": Reference(
         lambda w, f, o: w + scale(o) * f["b"] @ f["c"] @ f["a"], lambda m, n, o: o["rank"] ** 2,
-        "Balazy et al. 2024, arXiv 2405.17604, section 3", {"rank": 3},
+        "Balazy et al. 2024, arXiv 2405.17604, eq. 2, transposed", {"rank": 3},
     ),
     "pissa": Reference(anchored, pair, "Meng et al. 2024, arXiv 2404.02948, eq. 4 and 5", {"rank": 3}),
 }  # fmt: skip

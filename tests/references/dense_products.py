@@ -81,7 +81,7 @@ def pair(m, n, o):
 REFERENCES = {
     "loha": Reference(
         lambda w, f, o: w + (f["b1"] @ f["a1"]) * (f["b2"] @ f["a2"]), lambda m, n, o: 2 * o["rank"] * (m + n),
-        "Hyeon-Woo et al. 2021, arXiv 2108.06098, proposition 1", {"rank": 3},
+        "Hyeon-Woo et al. 2021, arXiv 2108.06098, prop. 1; 2309.14859, eq. 3", {"rank": 3},
     ),
     "hira": Reference(
         lambda w, f, o: w + w * (f["b"] @ f["a"]), pair, "Huang et al. 2025, ICLR, OpenReview TwJrTz9cRS", {"rank": 3}

@@ -196,7 +196,7 @@ REFERENCES = {
         {"rank": 4, "bond": 3}, ({"rank": 2, "bond": 3, "alpha": 5.0, "in_modes": 1},),
     ),
     "quanta": Reference(
-        quanta, quanta_count, "Chen et al. 2024, arXiv 2406.00132: quanta.py of its code",
+        quanta, quanta_count, "Chen et al. 2024, arXiv 2406.00132, eq. 8; code read",
         {"modes": 3}, ({"modes": 2}, {"modes": 4}, {"modes": (3, 3, 4)}),
     ),
     "fact_tt": Reference(

@@ -73,11 +73,11 @@ REFERENCES = {
         ({"alpha": 5.0, "rank": 2},),
     ),
     "stella": Reference(
-        polar, square, "Li et al. 2025, arXiv 2510.01938, algorithm 1: W + s U S V^T; code read", {"rank": 3},
+        polar, square, "Li et al. 2025, arXiv 2510.01938, eq. 5; code read", {"rank": 3},
         ({"rank": 2, "diagonal": True},),
     ),
     "sorsa": Reference(
-        sorsa, lambda m, n, o: o["rank"] * (m + n + 1), "Cao 2024, arXiv 2409.00055, section 3; code read", {"rank": 3}
+        sorsa, lambda m, n, o: o["rank"] * (m + n + 1), "Cao 2024, arXiv 2409.00055, eq. 7; code read", {"rank": 3}
     ),
     "kasa": Reference(
         kasa, lambda m, n, o: o["rank"] * (m + n + 1), "Wang et al. 2024, arXiv 2412.06071, section 3; code read",

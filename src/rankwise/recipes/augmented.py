@@ -17,7 +17,7 @@ def abba(rank: int = 8, alpha: float | None = None, iterations: int | None = Non
 
     Args:
         rank: r of both products; 8 has LoRA's parameters at rank 16.
-        alpha: numerator of the scale; None for 8 r, the scale of the paper's code at its defaults.
+        alpha: numerator of the scale, what the paper calls alpha^2; None for 8 r, its code's scale by default.
         iterations: power iterations of a randomised SVD of W; None for the exact one.
         **axes: other axes of :class:`rankwise.Recipe`.
 

@@ -26,7 +26,7 @@ class ABBA(Ranked, Additive, Begun):
 
     Attributes:
         rank: r of both products.
-        alpha: numerator of the scale; None for a scale of 1.
+        alpha: numerator of the scale, what the paper calls alpha^2; None for a scale of 1.
         scale_rule: "alpha/r", the paper's rank-stable 1/sqrt(r1 r2), or "alpha/sqrt(r)".
         iterations: power iterations of the randomised SVD of W; None for the exact one.
     """
