@@ -186,6 +186,8 @@ def _product(x: Tensor, weight: Tensor | None, frozen: Frozen | None, onto: Tens
     if frozen is not None:
         return (onto if scale == 1 else onto.mul_(scale)).add_(frozen.matmul(x))
     assert weight is not None
+    if torch.compiler.is_compiling():  # which adds within the next elementwise kernel, and copies to add in place
+        return _times(scale, onto) + x @ weight.mT
     onto.view(-1, onto.shape[-1]).addmm_(_rows(x), weight.mT, beta=scale)
     return onto
 
@@ -321,7 +323,11 @@ class _Fused(Function):
             dx = back @ _stacked(rights, back)
             dx = found[1] = dx if keep is None else torch.where(keep, dx, 0)
             for g, weight, frozen in wide:
-                dx.view(-1, dx.shape[-1]).addmm_(g, weight if frozen is None else frozen.dense().to(g.dtype))
+                weight = weight if frozen is None else frozen.dense().to(g.dtype)
+                if torch.compiler.is_compiling():
+                    dx = found[1] = dx + (g @ weight).view(dx.shape)
+                else:
+                    dx.view(-1, dx.shape[-1]).addmm_(g, weight)
         if any(needs[6::EACH]):
             for i, da in enumerate(_apart(_flat(back, rights[0]).mT @ _flat(seen, rights[0]), rights, -2)):
                 found[6 + EACH * i] = _cast(da, rights[i]) if used[i] else None
