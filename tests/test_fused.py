@@ -17,6 +17,8 @@ import rankwise as rw
 from rankwise.errors import TrainingError
 from rankwise.ops import Dense, Fold, Hadamard, Kronecker, LinearOperator, Product, Scaled, Sparse, fused, whole
 from rankwise.ops.form import Form, cheapest, costs
+from rankwise.ops.kronecker import Beside
+from rankwise.ops.operator import leaves
 from rankwise.structures import HiRA, LoHa, LoKr, LoRA, Magnitude
 from rankwise.testing import randomise
 from rankwise.testing.compare import Comparison
@@ -169,6 +171,52 @@ def test_by_a_matrix(build):
     compare("written out", node(x, a, b, c, d), x @ (w + build(a, b, c, d).dense()).mT)
     assert gradcheck(node, (x, a, b, c, d))
     assert gradgradcheck(node, (x, a, b, c, d))
+
+
+class Stored:
+    """A frozen weight in a format of its own."""
+
+    def __init__(self, w: torch.Tensor) -> None:
+        self.w = w
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.w.mT
+
+    def dense(self) -> torch.Tensor:
+        return self.w
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("right", ["dense", "low rank"])
+@pytest.mark.parametrize("sizes", [(2, 3, 3, 2), (2, 5, 3, 2), (3, 2, 2, 5)])  # either factor first
+def test_a_kronecker_product_beside_a_weight(sizes, right, frozen):
+    torch.manual_seed(0)
+    m1, m2, n1, n2 = sizes
+    x, w, c = tensor(2, 3, n1 * n2), tensor(m1 * m2, n1 * n2), tensor(m1, n1)
+    d = [tensor(m2, n2)] if right == "dense" else [tensor(m2, 1), tensor(1, n2)]
+    stored = Stored(w.detach()) if frozen else w
+
+    def node(x, w, c, *d):
+        op = Kronecker(Dense(c), Dense(d[0]) if len(d) == 1 else Product(Dense(d[0]), Dense(d[1])))
+        return Beside(stored if frozen else w, op, 1.5, leaves(op))(x)
+
+    wide = torch.kron(c, d[0] if len(d) == 1 else d[0] @ d[1])
+    Comparison("beside")("written out", node(x, w, c, *d), x @ (w + 1.5 * wide).mT)
+    given = (x, w.detach() if frozen else w, c, *d)
+    assert gradcheck(node, given)
+    assert gradgradcheck(node, given)
+    none = tensor(0, n1 * n2)  # the rows of an expert that no token chose
+    assert all(not g.any() for g in torch.autograd.grad(node(none, *given[1:]).sum(), [c, *d]))
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (16, 48), (48, 16)])
+def test_lokr_keeps_its_input_alone(sizes):
+    model = nn.Sequential(nn.Linear(*sizes, bias=False))
+    moved(model, rw.Recipe(LoKr(4)))
+    x, kept = torch.randn(2, 64, sizes[0], requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(x).sum().backward()
+    assert [t is x for t in kept if t.numel() >= x.numel()] == [True]
 
 
 def test_in_half_precision_a_small_update_survives():

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from rankwise.host.norms import factored_row_norm
 from rankwise.host.site import Correction, LayerHost, Site, computes_as, flat_tokens, turn_last
-from rankwise.ops import LinearOperator, Product, Scaled, Sum
+from rankwise.ops import Kronecker, LinearOperator, Product, Scaled, Sum
 from rankwise.ops.form import Form, about, cheapest
 from rankwise.ops.fused import Edited, Part
+from rankwise.ops.kronecker import Beside
 from rankwise.ops.operator import leaves
 from rankwise.ops.whole import Whole, together
 from rankwise.weights import DenseWeight, format_of
@@ -69,13 +70,17 @@ class _MatrixHost(LayerHost):
             return None
         return Part(stored, pair.left, pair.right, scale, *correction[1:])
 
-    def whole(self, op: LinearOperator, x: Tensor) -> Whole | None:
-        if torch.compiler.is_compiling() or self.dropout or not isinstance(self.storage, DenseWeight):
+    def node(self, op: LinearOperator, x: Tensor) -> Whole | Beside | None:
+        tensors, (inner, scale) = leaves(op), unscaled(op)
+        if torch.compiler.is_compiling() or self.dropout or any(t.dim() != 2 for t in tensors):
             return None
-        tensors = leaves(op)
-        if any(t.dim() != 2 for t in tensors) or not self._direct(x, op.shape[1]):
+        if not self._direct(x, op.shape[1]):
             return None
-        return Whole(self.matrix(self.module.weight), op, tensors) if self._form(op, x) is Form.WHOLE else None
+        form, plain = self._form(op, x), isinstance(self.storage, DenseWeight)
+        stored = self.matrix(self.module.weight) if plain else self.storage
+        if form is Form.OWN and isinstance(inner, Kronecker):
+            return Beside(stored, inner, scale, tensors)
+        return Whole(stored, op, tensors) if form is Form.WHOLE and isinstance(stored, Tensor) else None
 
     def beside(self, x: Tensor, update: Callable[[], Tensor]) -> Tensor:
         if not isinstance(self.storage, DenseWeight) or not self._direct(x, x.shape[-1]):

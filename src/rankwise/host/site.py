@@ -125,8 +125,8 @@ class Host(ABC):
         """This layer and a low-rank correction as part of a fused node at x, None where there is no such form."""
         return None
 
-    def whole(self, op: LinearOperator, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """The map of ``W + op`` by the matrix of op, None where that is not its cheapest form at x."""
+    def node(self, op: LinearOperator, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The map of ``W + op`` as one autograd node, None where its cheapest form at x has none."""
         return None
 
     def beside(self, x: Tensor, update: Callable[[], Tensor]) -> Tensor:
@@ -151,7 +151,7 @@ class Host(ABC):
     @final
     def ready(self, op: LinearOperator, x: Tensor) -> Callable[[Tensor], Tensor]:
         """The map of ``W + op`` in the form that is cheapest for what is like x."""
-        return self.whole(op, x) or (lambda x: self.beside(x, lambda: self._dropped(op, x)))
+        return self.node(op, x) or (lambda x: self.beside(x, lambda: self._dropped(op, x)))
 
     @final
     def _dropped(self, op: LinearOperator, x: Tensor) -> Tensor:

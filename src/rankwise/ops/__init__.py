@@ -1,8 +1,9 @@
 """The algebra of linear operators: the bottom of the library, over torch alone."""
 
 from rankwise.ops.atoms import Dense, Diagonal, Product, Scaled, Sum
-from rankwise.ops.blocks import BlockDiagonal, Butterfly, Circuit, Kronecker, Pairs
+from rankwise.ops.blocks import BlockDiagonal, Butterfly, Circuit, Pairs
 from rankwise.ops.entrywise import Hadamard, Sine
+from rankwise.ops.kronecker import Kronecker
 from rankwise.ops.moving import Exchange, Fold, Tile
 from rankwise.ops.operator import LinearOperator, LowRank
 from rankwise.ops.sparse import Patterned, Scattered, Sparse

@@ -1,4 +1,4 @@
-"""Operators that mix few entries at a time: pairs, blocks, Kronecker factors, gates; applied by reshaping.
+"""Operators that mix few entries at a time: pairs, blocks, gates; applied by reshaping.
 
 Letters: M rows, N columns, k blocks, b block size, T tokens; (*batch) everywhere.
 """
@@ -114,47 +114,6 @@ class Pairs(LinearOperator):
     def cost(self) -> Cost:
         n = self.shape[0]
         return Cost(2 * n, n * n)
-
-
-@final
-class Kronecker(LinearOperator):
-    """``left (x) right``: (m1 n1) and (m2 n2) give (m1 m2, n1 n2), applied by reshaping; left is formed."""
-
-    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
-        self.left, self.right = left, right
-        (m1, n1), (m2, n2) = self.left.shape, self.right.shape
-        self.shape = m1 * m2, n1 * n2
-
-    def _orders(self) -> dict[bool, int]:
-        """Multiply-adds a token, by whether left comes first."""
-        (m1, n1), (m2, n2), each = self.left.shape, self.right.shape, self.right.cost.apply
-        return {True: m1 * n1 * n2 + m1 * each, False: n1 * each + m1 * n1 * m2}
-
-    def mv(self, x: Tensor) -> Tensor:
-        # tokens lie between the two indices: whole rows are copied, not entries, and left is one product
-        left, orders = self.left.dense().to(x.dtype), self._orders()
-        rows = x if left.dim() == 3 else x.flatten(0, -2)
-        y = rows.unflatten(-1, (left.shape[-1], -1)).transpose(-3, -2)  # (*batch, n1, T, n2)
-        for first in (True, False) if orders[True] < orders[False] else (False, True):
-            if first:
-                y = (left @ y.flatten(-2)).unflatten(-1, (rows.shape[-2], -1))
-            else:
-                y = self.right.mv(y.flatten(-3, -2)).unflatten(-2, (-1, rows.shape[-2]))
-        return y.transpose(-3, -2).reshape(*x.shape[:-1], self.shape[0])
-
-    def dense(self) -> Tensor:
-        a, b = self.left.dense(), self.right.dense()
-        out = a[..., :, None, :, None] * b[..., None, :, None, :]
-        return out.reshape(*out.shape[:-4], *self.shape)
-
-    @property
-    def T(self) -> LinearOperator:
-        return Kronecker(self.left.T, self.right.T)
-
-    @property
-    def cost(self) -> Cost:
-        one, two = self.left.cost, self.right.cost
-        return Cost(min(self._orders().values()), one.form + two.form + self.shape[0] * self.shape[1])
 
 
 @final

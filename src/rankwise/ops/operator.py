@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -101,6 +101,9 @@ class LinearOperator(ABC):
         return gather_rows(pair.left, index) @ pair.right
 
 
+Op = TypeVar("Op", bound=LinearOperator)
+
+
 def leaves(op: LinearOperator) -> list[Tensor]:
     """The tensors that define an operator, in a fixed order; not to be changed."""
     if "_leaves" in vars(op):  # asked many times a step
@@ -126,7 +129,13 @@ def trained(op: LinearOperator) -> bool:
     return any(t.requires_grad for t in leaves(op))
 
 
-def with_leaves(op: LinearOperator, tensors: Iterator[Tensor]) -> LinearOperator:
+def refilled(op: Op, tensors: Sequence[Tensor]) -> Op:
+    """The operator over what a node saved of its :func:`leaves`: itself where they come back as they were."""
+    same = all(a is b for a, b in zip(leaves(op), tensors, strict=True))
+    return op if same else with_leaves(op, iter(tensors))
+
+
+def with_leaves(op: Op, tensors: Iterator[Tensor]) -> Op:
     """The operator over other tensors, given in the order of :func:`leaves`."""
     other = copy.copy(op)
     vars(other).pop("_leaves", None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from rankwise.ops.linalg import without_autocast
-from rankwise.ops.operator import LinearOperator, leaves, with_leaves
+from rankwise.ops.operator import LinearOperator, leaves, refilled
 
 
 class Whole(NamedTuple):
@@ -70,10 +70,7 @@ class _Whole(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weight, *tensors = ctx.saved_tensors
-        g, op = grads[0], ctx.op
-        if any(a is not b for a, b in zip(leaves(op), tensors, strict=True)):  # parameters come back as they are
-            op = with_leaves(op, iter(tensors))
-        op = op.formed()
+        g, op = grads[0], refilled(ctx.op, tensors).formed()
         dx = _through(g, *_matrices(op, weight, g)) if ctx.needs_input_grad[1] else None
         dense = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
         found = op.gradients(dense.to(tensors[-1].dtype))
