@@ -116,11 +116,22 @@ def test_peak_is_no_less_than_what_is_saved():
     assert most >= memory.saved(model, given)["saved"]
 
 
+def test_gradients_count_in_a_peak():
+    model = torch.nn.Linear(256, 256, bias=False)
+    x = torch.ones(1, 256)
+
+    def step():
+        model.zero_grad()
+        model(x).sum().backward()
+
+    assert memory.peak(step, "cpu") >= model.weight.nbytes
+
+
 def test_peak_is_what_two_runs_agree_on(monkeypatch):
-    runs = iter([0, 4096, 4096])
+    runs = iter([0, 4096, 4100])
     monkeypatch.setattr(memory, "profiled", lambda step: next(runs))
-    assert memory.peak(lambda: None, "cpu") == 4096
-    runs = iter(range(5))
+    assert memory.peak(lambda: None, "cpu") == 4100
+    runs = iter([0, 1, 2, 4, 8])
     with pytest.raises(RuntimeError, match="disagree"):
         memory.peak(lambda: None, "cpu")
 
