@@ -205,6 +205,7 @@ def test_a_kronecker_product_beside_a_weight(sizes, right, frozen):
     given = (x, w.detach() if frozen else w, c, *d)
     assert gradcheck(node, given)
     assert gradgradcheck(node, given)
+    torch.testing.assert_close(node(*given).mul_(2), 2 * node(*given))  # a model may write on what it gets
     none = tensor(0, n1 * n2)  # the rows of an expert that no token chose
     assert all(not g.any() for g in torch.autograd.grad(node(none, *given[1:]).sum(), [c, *d]))
 

@@ -130,17 +130,20 @@ class _Beside(Function):
     def forward(ctx: Any, how: Any, x: Tensor, weight: Tensor | None, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, *tensors)
         ctx.how = op, scale, frozen = how
-        rows = x.reshape(-1, x.shape[-1])
-        y = rows @ weight.mT if weight is not None else frozen.matmul(rows).contiguous()
-        op.add(y, rows, scale)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        y = x @ weight.mT if weight is not None else frozen.matmul(x)
+        if y._is_view() or not y.is_contiguous():  # an output that is a view could not be written on by the model
+            y = y.clone(memory_format=torch.contiguous_format)
+        op.add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), scale)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weight, *tensors = ctx.saved_tensors
         op, scale, frozen = ctx.how
         rows, g = (t.reshape(-1, t.shape[-1]) for t in (x, grads[0]))
-        dx = g @ (weight if weight is not None else frozen.dense().to(g.dtype)) if ctx.needs_input_grad[1] else None
-        found = refilled(op, tensors).pull(rows, g, scale, dx)
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = grads[0] @ (weight if weight is not None else frozen.dense().to(g.dtype))
+        found = refilled(op, tensors).pull(rows, g, scale, None if dx is None else dx.view(rows.shape))
         dw = g.mT @ rows if ctx.needs_input_grad[2] else None
-        return None, None if dx is None else dx.view(x.shape), dw, *found
+        return None, dx, dw, *found
