@@ -186,9 +186,14 @@ def _product(x: Tensor, weight: Tensor | None, frozen: Frozen | None, onto: Tens
     if frozen is not None:
         return (onto if scale == 1 else onto.mul_(scale)).add_(frozen.matmul(x))
     assert weight is not None
+    return _plus_product(onto, x, weight.mT, scale)
+
+
+def _plus_product(onto: Tensor, x: Tensor, matrix: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale onto + x matrix``, in place where that is not compiled."""
     if torch.compiler.is_compiling():  # which adds within the next elementwise kernel, and copies to add in place
-        return _times(scale, onto) + x @ weight.mT
-    onto.view(-1, onto.shape[-1]).addmm_(_rows(x), weight.mT, beta=scale)
+        return _times(scale, onto) + (_rows(x) @ matrix).view(onto.shape)
+    onto.view(-1, onto.shape[-1]).addmm_(_rows(x), matrix, beta=scale)
     return onto
 
 
@@ -212,7 +217,7 @@ def _scaled_rows(y: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
 
 def _nonzero(magnitude: Tensor) -> Tensor:
     """m, a zero as a tiny number: so its gradient can be read off the output."""
-    return magnitude + 1e-30  # which is m itself for any other
+    return magnitude + 1e-30  # which is m itself but where that is as tiny
 
 
 def _by_weight(weight: Tensor | None, magnitude: Tensor, y: Tensor) -> bool:
@@ -226,7 +231,9 @@ def _over_tokens(g: Tensor, y: Tensor, like: Tensor) -> Tensor:
     """The sum of ``g * y`` over all tokens: (*batch, T, M) to the shape of a magnitude."""
     if like.dim() > 1:
         return (g * y).sum(-2).to(like.dtype)
-    every = max(1, CACHED // g.shape[-1]) if g.device.type == "cpu" and not torch.compiler.is_compiling() else g.numel()
+    if g.device.type != "cpu" or torch.compiler.is_compiling():
+        return (_rows(g) * _rows(y)).sum(0).to(like.dtype)
+    every = max(1, CACHED // g.shape[-1])
     pieces = zip(_rows(g).split(every), _rows(y).split(every), strict=True)
     return reduce(torch.add, [(one * other).sum(0) for one, other in pieces]).to(like.dtype)
 
@@ -323,11 +330,7 @@ class _Fused(Function):
             dx = back @ _stacked(rights, back)
             dx = found[1] = dx if keep is None else torch.where(keep, dx, 0)
             for g, weight, frozen in wide:
-                weight = weight if frozen is None else frozen.dense().to(g.dtype)
-                if torch.compiler.is_compiling():
-                    dx = found[1] = dx + (g @ weight).view(dx.shape)
-                else:
-                    dx.view(-1, dx.shape[-1]).addmm_(g, weight)
+                dx = found[1] = _plus_product(dx, g, weight if frozen is None else frozen.dense().to(g.dtype))
         if any(needs[6::EACH]):
             for i, da in enumerate(_apart(_flat(back, rights[0]).mT @ _flat(seen, rights[0]), rights, -2)):
                 found[6 + EACH * i] = _cast(da, rights[i]) if used[i] else None
