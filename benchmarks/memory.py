@@ -4,10 +4,13 @@
 """
 
 import argparse
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from weakref import WeakSet
 
@@ -68,41 +71,38 @@ def silent() -> Iterator[None]:
 
 
 def peak(step: Callable[[], object], device: str) -> int:
-    """Most bytes that torch's allocator held during a step over what it held before (second step: warm).
-
-    On a CPU it is what two runs agree on within 5 %.
-    """
-    if device == "cuda":
-        step()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    # the profiler orders events by the wall clock: one set back during a step turns them round
-    found: list[int] = []
-    for _ in range(5):
-        most = profiled(step)
-        if any(abs(most - other) < 0.05 * other for other in found):
-            return most
-        found.append(most)
-    raise RuntimeError(f"five runs of one step disagree on its peak: {found} bytes")
-
-
-def profiled(step: Callable[[], object]) -> int:
-    """Most live bytes of one step by the profiler's record of the CPU allocator.
-
-    A step before it is not recorded, so its gradients, freed in the next one, do not hide as many bytes of that.
-    """
+    """Most bytes that torch's allocator held during a step over what it held before (second step: warm)."""
     step()
-    with silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
-    assert seen.profiler is not None and seen.profiler.kineto_results is not None
-    events: list[Any] = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    if device != "cuda":
+        return most_allocated(step)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def most_allocated(run: Callable[[], object]) -> int:
+    """Most bytes that blocks of the CPU allocator, made in ``run``, take at once, by the profiler's record.
+
+    The profiler remembers the size of every block that it saw being made, and sees none die outside of a session: what
+    is made there at the same address dies, in a later session, with that old size. So only blocks of ``run`` count.
+    """
+    with TemporaryDirectory() as folder, silent():
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            run()
+        seen.export_chrome_trace(path := f"{folder}/trace.json")
+        events = json.loads(Path(path).read_text())["traceEvents"]
+    made: dict[int, int] = {}  # address -> bytes
     live = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        most = max(most, live)
+    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
+        where, size = event["args"]["Addr"], event["args"]["Bytes"]
+        if size > 0:
+            made[where] = size
+            live += size
+            most = max(most, live)
+        else:
+            live -= made.pop(where, 0)
     return most
 
 

@@ -1,16 +1,16 @@
 """The plan's peak against what torch allocates in real training: ``python -m benchmarks.plan_cells``.
 
 Each cell is a model, a method, a batch and so on. The plan is made from the model's config. The truth
-is two steps of ``rw.hf.Trainer`` on the CPU under torch's profiler: every allocation and release that
-the allocator reports, summed in order, on top of the storages of the model that was there before. The
+is two steps of ``rw.hf.Trainer`` on the CPU under torch's profiler: every block that the allocator
+reports to be made there, until it dies, on top of the storages of the model that was there before. The
 plan's own counting of storages has no part in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
-import itertools
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 import transformers
-from torch.profiler import ProfilerActivity, profile
 from transformers import TrainingArguments
 
 import rankwise as rw
+from benchmarks.memory import most_allocated
 from rankwise.hf.data import Collator
 from rankwise.hf.method import recipe_of
 from rankwise.hf.models import load_model
@@ -133,20 +133,21 @@ def measured(cell: Cell, folder: str) -> int:
         model.config.pad_token_id = 0
         gc.collect()
         there = _storages() - before
-        with TemporaryDirectory() as out, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            rw.attach(model, recipe.with_(sites=task.sites(recipe.sites, model)))
-            arguments = TrainingArguments(
-                out, max_steps=2, per_device_train_batch_size=run.batch, gradient_accumulation_steps=run.accumulate,
-                gradient_checkpointing=run.checkpointing, save_strategy="no", report_to="none", disable_tqdm=True,
-                remove_unused_columns=False, use_cpu=True, dataloader_pin_memory=False,
-            )  # fmt: skip
-            collate = Collator(SimpleNamespace(pad_token_id=0, eos_token_id=0), packed=run.pack)
-            rows = _rows(run)
-            rw.hf.Trainer(model, arguments, train_dataset=rows, data_collator=collate).train()
-    profiled: Any = seen.profiler
-    events = sorted(profiled.kineto_results.events(), key=lambda event: event.start_ns())
-    sizes = (event.nbytes() for event in events if event.name() == "[memory]")
-    return there + max(itertools.accumulate(sizes))
+        recipe = recipe.with_(sites=task.sites(recipe.sites, model))
+        return there + most_allocated(functools.partial(_train, model, run, recipe))
+
+
+def _train(model: Any, run: Run, recipe: rw.Recipe) -> None:
+    """Two steps."""
+    rw.attach(model, recipe)
+    with TemporaryDirectory() as out:
+        arguments = TrainingArguments(
+            out, max_steps=2, per_device_train_batch_size=run.batch, gradient_accumulation_steps=run.accumulate,
+            gradient_checkpointing=run.checkpointing, save_strategy="no", report_to="none", disable_tqdm=True,
+            remove_unused_columns=False, use_cpu=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        collate = Collator(SimpleNamespace(pad_token_id=0, eos_token_id=0), packed=run.pack)
+        rw.hf.Trainer(model, arguments, train_dataset=_rows(run), data_collator=collate).train()
 
 
 def _storages() -> int:
