@@ -332,6 +332,17 @@ def test_a_role_means_linear_layers_that_the_rank_fits():
     torch.testing.assert_close(model(x), moved)
 
 
+def test_all_conv_means_convolutions_that_the_rank_fits():
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(32, 32, 3, groups=2))
+    with pytest.raises(TargetError, match=r"Of these kinds: Conv2d \(conv\). Roles: all-linear, all-conv,"):
+        rw.attach(model, rw.recipe("lora"))
+    with pytest.warns(UserWarning, match=r"1 site left out.*1 1 \(32 x 9\)"):
+        assert [*rw.attach(model, rw.recipe("lora", rank=16, sites=rw.Sites("all-conv")))] == ["0", "2"]
+    sites = rw.Sites(["all-conv", "1"])
+    with pytest.raises(RankError, match="smaller side of the layer, here 9"):
+        rw.attach(model, rw.recipe("lora", rank=16, sites=sites), name="second")
+
+
 def test_a_rank_of_its_own_or_a_name_is_meant():
     sites = rw.Sites(overrides={"gate": {"rank": 1}})
     assert [*rw.attach(Odd(), rw.recipe("lora", rank=2, sites=sites))] == ["plain", "own", "gate"]

@@ -105,7 +105,8 @@ def _candidate(
     role = "head" if is_head else "embedding" if site.kind == "embedding" else _role(name)
     stack = site.stack is not None and _EXPERTS.search(type(owner).__name__)  # else a table, a scale of each channel
     linear = site.kind == "linear" or bool(also) or stack
-    roles = (role, "all-linear") if linear and not is_head else (role,)
+    every = "all-conv" if site.kind == "conv" else "all-linear" if linear and not is_head else None
+    roles = (role, every) if every else (role,)
     numbers = [int(p) for p in name.split(".") if p.isdigit()]
     site = replace(site, layer=numbers[0] if numbers else None, role=role)
     classes = tuple(c.__name__ for c in type(modules[also or path]).__mro__)

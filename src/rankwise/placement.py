@@ -15,7 +15,7 @@ from rankwise.adapter import Carriers, Placement, owned
 from rankwise.candidates import Candidate, base_modules, candidates
 from rankwise.errors import IncompatibleAxes, RankError, TargetError, TiedWeights
 from rankwise.host import LAYER, ParameterHost, Site
-from rankwise.sites import Sites, Target
+from rankwise.sites import ROLES, Sites, Target
 from rankwise.structures import Replace, Rows, Stack, Structure, TokenRows
 from rankwise.weights import DenseWeight, format_of
 
@@ -32,7 +32,7 @@ def _must_match(target: Target, hits: Sequence[object], what: str, among: Mappin
     raise TargetError(
         f"Every pattern of {what} must match something (or be Target(..., optional=True)); "
         f'"{target}" matches nothing. {near}. Of these kinds: {", ".join(sorted({*among.values()})) or "none"}. '
-        f"See rw.targets(model)."
+        f"Roles: {', '.join(ROLES)}. See rw.targets(model)."
     )
 
 
@@ -176,7 +176,9 @@ def _whole(model: nn.Module, sites: Sites) -> Iterator[tuple[Target, Placement]]
                 yield target, Placement(ParameterHost(modules[path], name).site(full), Replace(), tuple(holders))
 
 
-NARROW = 8  # a linear layer with a smaller side below this is a gate or a score of few numbers
+def _narrow(site: Site) -> bool:
+    """Whether it is a gate or a score of few numbers, or a depthwise convolution."""
+    return min(site.rows, site.cols) < 8 or (site.groups > 1 and site.cols == site.kernel)
 
 
 def _leave_out(small: Sequence[tuple[Site, RankError]], others: Sequence[Placement]) -> None:
@@ -232,7 +234,7 @@ def resolve(model: nn.Module, structure: Structure, sites: Sites) -> tuple[Place
             here.factors(c.site)  # a rank or a token id that does not fit raises now
         except RankError as error:
             named = here is not structure or any(t.match != "role" and c.hit(t) for t in sites.targets)
-            if named or min(c.site.rows, c.site.cols) >= NARROW:
+            if named or not _narrow(c.site):
                 raise
             small.append((c.site, error))
             continue

@@ -13,7 +13,7 @@ from torch import nn
 from rankwise.errors import IncompatibleAxes
 from rankwise.structures import Structure
 
-ROLES = ("all-linear", "attention", "mlp", "head", "embedding")
+ROLES = ("all-linear", "all-conv", "attention", "mlp", "head", "embedding")
 Pattern: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Target"
 Match: TypeAlias = Literal["suffix", "glob", "regex", "class", "role"]
 
@@ -27,7 +27,7 @@ class Target:
         pattern: the text.
         match: how it is read. "suffix": the end of the name, at a dot; "glob": the whole name with
             ``*`` and ``?``; "regex": the whole name; "class": a class name of the module;
-            "role": one of "all-linear", "attention", "mlp", "head", "embedding".
+            "role": one of "all-linear", "all-conv", "attention", "mlp", "head", "embedding".
         optional: whether it may match nothing.
     """
 
