@@ -103,7 +103,10 @@ class Bundle(NamedTuple):
         tensors = [t if t is None or isinstance(t, Tensor) else t() for t in self.tensors]
         if torch.compiler.is_compiling():  # Dynamo takes no tensor twice, and parts may share a factor
             tensors = [t if t is None else t.view_as(t) for t in tensors]
-        return _Fused.apply(self.how, x, rows, cols, *tensors)[: len(self.how[1])]
+        outs = _Fused.apply(self.how, x, rows, cols, *tensors)
+        if (node := outs[0].grad_fn) is not None and not torch.compiler.is_compiling():
+            _check_ourselves(node)
+        return outs[: len(self.how[1])]
 
 
 def run(x: Tensor, parts: Sequence[Part], dropout: float = 0.0) -> tuple[Tensor, ...]:
@@ -238,19 +241,33 @@ def _over_tokens(g: Tensor, y: Tensor, like: Tensor) -> Tensor:
     return reduce(torch.add, [(one * other).sum(0) for one, other in pieces]).to(like.dtype)
 
 
-def _saved(ctx: Any) -> Sequence[Any]:
-    if torch.compiler.is_compiling():
-        return ctx.saved_tensors
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:  # whoever reads the output may write on it too
-        if "inplace" not in str(error) or not ctx.keeps:
-            raise
-        raise TrainingError(
-            "The gradient of DoRA's magnitude reads the layer's output, which the model has changed in place (x += y, "
-            "ReLU(inplace=True)). Make the output again in backward instead: recompute=True in the recipe, at the cost "
-            "of one more product; or change the model."
-        ) from error
+def _check_ourselves(node: Any) -> None:
+    """Have backward see whether a kept output was written on: autograd would raise, or under hooks not look."""
+    for i in node.versions:
+        try:
+            node._raw_saved_tensors[node.first + i].register_hooks(_same, _same)
+        except RuntimeError:  # there are hooks: of activation checkpointing, of an offload
+            return
+
+
+def _same(saved: Tensor) -> Tensor:
+    return saved
+
+
+def _made_again(ctx: Any, i: int, y: Tensor | None) -> bool:
+    """Whether the output of part i is to be made again, since it was not kept or the model has written on it.
+
+    Raises:
+        TrainingError: it was written on, and what it is made of was not kept.
+    """
+    if y is None or y._version <= ctx.versions.get(i, y._version):
+        return y is None
+    if ctx.read:
+        return True
+    raise TrainingError(
+        "The gradient of DoRA's magnitude reads the layer's output, which the model has changed in place (x += y, "
+        "ReLU(inplace=True)), and the layer's input is not kept. Keep that instead: recompute=True in the recipe."
+    )
 
 
 @final
@@ -260,7 +277,7 @@ class _Fused(Function):
         dropout, fixed = how
         keep = _keep(rows, cols, dropout)
         narrow = _narrow(x if keep is None else torch.where(keep, x, 0), tensors[2::EACH])
-        outs, kept = [], []
+        outs, kept, versions = [], [], {}
         for i, ((frozen, scale, recompute), h) in enumerate(zip(fixed, narrow, strict=True)):
             weight, left, _, magnitude, norm = tensors[EACH * i : EACH * i + EACH]
             # the thin product first: the large one adds to it
@@ -273,12 +290,14 @@ class _Fused(Function):
                 _scaled_rows(y, ratio, out=y)
             outs.append(y)
             kept.append(None if magnitude is None or recompute else y)
+            if kept[i] is not None and not (torch.compiler.is_compiling() or y.is_inference()):
+                versions[i] = y._version
         needs = ctx.needs_input_grad[4:]
         read = any((*needs[::EACH], *needs[2::EACH])) or any(recompute for *_, recompute in fixed)  # x, in backward
         if read and x.dtype in HALF:  # where memory is what one trains in half precision for, h is made again
             narrow = ()
         ctx.save_for_backward(x if read else None, rows, cols, *tensors, *kept, *narrow)
-        ctx.how, ctx.read, ctx.keeps = how, read, any(y is not None for y in kept)
+        ctx.how, ctx.read, ctx.versions, ctx.first = how, read, versions, 3 + len(tensors)
         ctx.set_materialize_grads(False)
         return *outs, *narrow  # as an output, what is saved is no constant to a second backward
 
@@ -286,7 +305,7 @@ class _Fused(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dropout, fixed = ctx.how
         n = len(fixed)
-        x, rows, cols, *rest = _saved(ctx)
+        x, rows, cols, *rest = ctx.saved_tensors
         tensors, outs, narrow = rest[: EACH * n], rest[EACH * n : EACH * n + n], rest[EACH * n + n :]
         rights, keep = tensors[2::EACH], _keep(rows, cols, dropout)
         seen = torch.where(keep, x, 0) if ctx.read and keep is not None else x
@@ -306,7 +325,7 @@ class _Fused(Function):
             ratio = None
             if magnitude is not None:
                 m = _nonzero(magnitude)
-                if outs[i] is None:
+                if _made_again(ctx, i, outs[i]):
                     y = _product(x, weight, frozen, h @ _cast(left, x).mT, scale)
                     found[at + 3] = _over_tokens(g, y, norm) / norm
                 else:  # the output is m/n times that
