@@ -103,6 +103,30 @@ def test_the_base_in_another_dtype_is_the_same_base(tmp_path: Path) -> None:
     assert out(model).isfinite().all()
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_batch_norms_of_a_frozen_base_keep_their_statistics(freeze: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, affine=False))
+    base(torch.randn(4, 3, 8, 8))
+    model, x = copy.deepcopy(base), torch.randn(4, 3, 8, 8)
+    sites = rw.Sites("all-conv", train="1")  # one norm's scale and shift are trained, and saved
+    adapter = rw.attach(model, rw.recipe("lora", rank=2, sites=sites), freeze=freeze)
+    optimizer = adapter.optimizer(lr=0.1)
+    for _ in range(3):
+        model.train()(x).square().sum().backward()
+        optimizer.step()
+    adapter.save(tmp_path)
+    same = [torch.equal(model[i].running_mean, base[i].running_mean) for i in (1, 3)]
+    assert same == [freeze, True]  # what has no parameters never trains
+    if freeze:
+        other = copy.deepcopy(base).eval()
+        rw.load(other, tmp_path)
+        assert torch.equal(other(x), model.eval()(x))
+    adapter.detach()
+    model.train()(x)
+    assert not torch.equal(model[3].running_mean, base[3].running_mean)
+
+
 def test_going_on_where_training_stopped(tmp_path: Path) -> None:
     def step(adapter: rw.Adapter, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()

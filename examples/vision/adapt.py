@@ -48,11 +48,7 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """The CIFAR ResNet-20 of He et al. 2015 (arXiv 1512.03385), with a loss.
-
-    Its batch norms always use the statistics of the checkpoint: updated ones would belong to neither the
-    base, which is frozen, nor the adapter.
-    """
+    """The CIFAR ResNet-20 of He et al. 2015 (arXiv 1512.03385), with a loss."""
 
     main_input_name = "pixels"
 
@@ -71,14 +67,6 @@ class ResNet20(nn.Module):
         x = self.layer3(self.layer2(self.layer1(relu(self.bn1(self.conv1(pixels))))))
         logits = self.linear(x.mean((2, 3)))
         return {"logits": logits} if labels is None else {"loss": cross_entropy(logits, labels), "logits": logits}
-
-    def train(self, mode: bool = True) -> ResNet20:
-        """As any module's, but for the batch norms."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-        return self
 
 
 def idx(path: str | Path) -> np.ndarray:

@@ -19,7 +19,7 @@ from rankwise.candidates import base_modules
 from rankwise.errors import AttachError, UnknownName
 from rankwise.graft import Grafted, hold, put, remove
 from rankwise.host import host_of
-from rankwise.model_state import check_model, fast_paths, freeze_base, hide_from_checkpoints, untied
+from rankwise.model_state import check_model, fast_paths, freeze_base, hide_from_checkpoints, running_statistics, untied
 from rankwise.penalties.flatness import opposed
 from rankwise.placement import TargetReport, report, resolve
 from rankwise.registry import encode
@@ -118,6 +118,7 @@ class Adapter(Mapping[str, dict[str, Tensor]]):
         hide_from_checkpoints(self.model)
         if not registry.adapters:
             fast_paths(self.model, closed=False)
+            running_statistics(self.model, held=False)
 
     def requires_grad_(self, trainable: bool = True) -> Adapter:
         """Train the factors that the structure calls trainable, or freeze them all."""
@@ -204,6 +205,7 @@ def install(
     registry.adapters[name] = adapter
     hide_from_checkpoints(model)
     fast_paths(model, closed=True)
+    running_statistics(model, held=True)
     registry.activity.choice = (name,)
     return adapter
 
@@ -239,7 +241,7 @@ def attach(
         recipe: the method, from ``rw.recipe("dora", rank=16)`` or built from axes.
         name: under which the adapter is known on this model.
         stats: what ``collect`` gathered.
-        freeze: stop gradients to the base's parameters.
+        freeze: stop gradients to the base's parameters; a batch norm so frozen keeps its running statistics.
 
     Returns:
         The adapter: a mapping from site name to its factors.

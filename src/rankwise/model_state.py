@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from rankwise.candidates import base_modules, output_head
 from rankwise.errors import AttachError, ModelTypeError
@@ -102,6 +103,24 @@ def fast_paths(model: nn.Module, closed: bool) -> None:
             setattr(module, name, 0)
         elif name is not None and "_fast_path" in module.__dict__:
             setattr(module, name, module.__dict__.pop("_fast_path"))
+
+
+def running_statistics(model: nn.Module, held: bool) -> None:
+    """Hold what norms with frozen parameters remember of earlier batches, in training mode too, or no longer.
+
+    No adapter saves it: where it moves, a saved adapter meets another base on reload.
+    """
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.running_mean is not None:
+            for handle in [key for key, hook in module._forward_pre_hooks.items() if hook is _hold]:
+                del module._forward_pre_hooks[handle]
+            if held:
+                module.register_forward_pre_hook(_hold)
+
+
+def _hold(norm: nn.Module, args: Any) -> None:
+    if norm.training and not any(p.requires_grad for p in norm.parameters(recurse=False)):
+        norm.eval()
 
 
 def hide_from_checkpoints(model: nn.Module) -> None:

@@ -104,8 +104,8 @@ class Bundle(NamedTuple):
         if torch.compiler.is_compiling():  # Dynamo takes no tensor twice, and parts may share a factor
             tensors = [t if t is None else t.view_as(t) for t in tensors]
         outs = _Fused.apply(self.how, x, rows, cols, *tensors)
-        if (node := outs[0].grad_fn) is not None and not torch.compiler.is_compiling():
-            _check_ourselves(node)
+        if not torch.compiler.is_compiling() and outs[0].grad_fn is not None:
+            _check_ourselves(outs[0].grad_fn)
         return outs[: len(self.how[1])]
 
 
@@ -260,9 +260,9 @@ def _made_again(ctx: Any, i: int, y: Tensor | None) -> bool:
     Raises:
         TrainingError: it was written on, and what it is made of was not kept.
     """
-    if y is None or y._version <= ctx.versions.get(i, y._version):
-        return y is None
-    if ctx.read:
+    if y is not None and (i not in ctx.versions or y._version <= ctx.versions[i]):  # compiled there are no versions
+        return False
+    if y is None or ctx.read:
         return True
     raise TrainingError(
         "The gradient of DoRA's magnitude reads the layer's output, which the model has changed in place (x += y, "
