@@ -1,19 +1,23 @@
 """The benchmark's own measure: its statistics on known data, and that every group runs on a tiny cell."""
 
+import copy
 import json
 import random
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 peft = pytest.importorskip("peft")
 
-from benchmarks import criteria, large, memory, paired, report, together, where  # noqa: E402
+from benchmarks import criteria, large, memory, paired, report, together, where, zoo  # noqa: E402
 from benchmarks.__main__ import EVERY  # noqa: E402
 from benchmarks.models import Case, batch, forward, llama, stepper  # noqa: E402
 from benchmarks.paired import Rounds, conditions, interval, measure, overhead, ratio  # noqa: E402
 from benchmarks.step_time import build, share, step_cell  # noqa: E402
+
+import rankwise as rw  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT
 
@@ -146,6 +150,20 @@ def test_most_allocated_follows_every_block():
             assert second.numel()
 
     assert memory.most_allocated(run) == 4 * (2**18 + 2**17 + 2**17)  # the second of one turn outlives the next first
+
+
+def test_the_zoo_finds_what_does_not_hold(monkeypatch):
+    for name, method in (("llama", "dora"), ("resnet", "lora")):
+        model, given = zoo.built(name)
+        assert zoo.problems(model, given, method) == []
+    model, given = zoo.built("gpt2", transformers.AutoModelForCausalLM)
+    assert zoo.language_problems(copy.deepcopy(model), given) == []
+    monkeypatch.setattr(rw, "merge", lambda adapted: next(iter(rw.adapters(adapted).values())).detach())
+    assert zoo.problems(model, given, "lora") == ["merges to another function"]
+    monkeypatch.setattr(zoo, "moved", lambda adapter: None)
+    assert "has no effect" in zoo.problems(model, given, "lora")
+    with pytest.raises(zoo.Unbuilt):
+        zoo.built("vision-encoder-decoder")
 
 
 def test_least_arithmetic_of_a_square_layer():
