@@ -62,6 +62,8 @@ def small(config: Any) -> Any:
             if type(getattr(config, name, "")) in (int, type(None)):
                 with suppress(AttributeError):  # a property of others
                     setattr(config, name, size)
+    if getattr(config, "initializer_range", 1.0) < 1e-6:  # SAM's
+        config.initializer_range = 0.02
     if isinstance(kinds := getattr(config, "layer_types", None), list):
         config.layer_types = kinds[:2]
     for part in vars(config).values():
@@ -127,10 +129,10 @@ def built(name: str, auto: Any = transformers.AutoModel) -> tuple[Any, dict[str,
 
 
 def forward(model: Any, given: Mapping[str, Tensor]) -> Tensor:
-    """The first floating tensor that the model returns, the same draws at each call."""
+    """All floating tensors that the model returns, in a row, with the same draws at each call."""
     transformers.set_seed(0)
-    found = model(**given)
-    return next(v for v in found.values() if isinstance(v, Tensor) and v.is_floating_point())
+    found = [v for v in model(**given).values() if isinstance(v, Tensor) and v.is_floating_point()]
+    return torch.cat([v.flatten() for v in found])
 
 
 @torch.no_grad()
@@ -138,11 +140,11 @@ def output(model: Any, given: Mapping[str, Tensor]) -> Tensor:
     """In evaluation mode.
 
     Raises:
-        Unbuilt: it is not finite.
+        Unbuilt: it is not finite, or vanishes.
     """
-    found = forward(model.eval(), given).clone()
-    if not found.isfinite().all():
-        raise Unbuilt("NaN")
+    found = forward(model.eval(), given)
+    if not found.isfinite().all() or found.abs().max() < 1e-6:
+        raise Unbuilt("no finite output above zero")
     return found
 
 
@@ -199,8 +201,9 @@ def problems(base: Any, given: Mapping[str, Tensor], method: str) -> list[str]:
     if torch.equal(after, before):
         found.append("has no effect")
 
-    def loss() -> Tensor:
-        return forward(model.train(), given).square().mean()
+    def loss() -> Tensor:  # the squares of a normalised output would sum to a constant
+        y = forward(model.train(), given)
+        return y @ torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
 
     plain = gradients(model, loss)
     if not plain:
