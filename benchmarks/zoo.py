@@ -3,7 +3,8 @@
 A config's sizes are set small wherever it has them. Where that gives a model that runs on random inputs, each method is
 attached at its default targets (convolutions where there is no linear layer) and must start as the base, change the
 output once its factors move, have the same gradients under activation checkpointing, reload to the same function, and
-merge into it. A language model's loss, its logits in chunks, must be the model's own, with its gradients.
+merge into it. A language model's loss, its logits in chunks where its code lets them be, must be the model's own, with
+its gradients.
 """
 
 import argparse
@@ -122,7 +123,7 @@ def built(name: str, auto: Any = transformers.AutoModel) -> tuple[Any, dict[str,
             model = auto.from_config(config).float().eval()
             given = inputs(model)
             same = torch.equal(output(model, given), output(model, given))
-    except Exception as error:  # whatever a config of arbitrary sizes leads to
+    except Exception as error:  # transformers' code alone, on sizes that it was not written for
         raise Unbuilt(f"{type(error).__name__}: {error}") from error
     if not same:
         raise Unbuilt("draws in evaluation mode")
@@ -164,12 +165,12 @@ def apart(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
     return max(((found[n] - g).abs().max().item() for n, g in wanted.items()), default=0.0) / max(most, 1e-30)
 
 
-def attached(model: nn.Module, method: str, **sites: Any) -> Any:
+def attached(model: nn.Module, method: str, **axes: Any) -> Any:
     """The method at its default targets, convolutions where there is no linear layer."""
     try:
-        recipe = rw.recipe(method, rank=4, **sites)
+        recipe = rw.recipe(method, rank=4, **axes)
     except rw.errors.IncompatibleAxes:  # it has no rank
-        recipe = rw.recipe(method, **sites)
+        recipe = rw.recipe(method, **axes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # layers too narrow for the rank
         try:
@@ -267,7 +268,7 @@ def tried(what: str, check: Callable[[], list[str]], counts: Counter[str]) -> No
     except RankwiseError as error:
         counts["refused"] += 1
         return print(f"{what}: refused, {str(error)[:200]}", flush=True)
-    except Exception as error:  # the model's own, as batch statistics of one value; printed, and counted apart
+    except Exception as error:  # one model must not end the survey: printed, counted apart, never as held
         counts["failed"] += 1
         return print(f"{what}: {type(error).__name__}, {str(error)[:200]}", flush=True)
     counts["held" if not found else "PROBLEM"] += 1

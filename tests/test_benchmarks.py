@@ -1,5 +1,6 @@
 """The benchmark's own measure: its statistics on known data, and that every group runs on a tiny cell."""
 
+import contextlib
 import copy
 import json
 import random
@@ -158,6 +159,16 @@ def test_the_zoo_finds_what_does_not_hold(monkeypatch):
         assert zoo.problems(model, given, method) == []
     model, given = zoo.built("gpt2", transformers.AutoModelForCausalLM)
     assert zoo.language_problems(copy.deepcopy(model), given) == []
+
+    @contextlib.contextmanager
+    def other_logits(model, tell):
+        hook = model.lm_head.register_forward_hook(lambda head, given, y: 2 * y)
+        yield
+        hook.remove()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zoo, "deferred_logits", other_logits)
+        assert "differ" in zoo.language_problems(copy.deepcopy(model), given)[0]
     monkeypatch.setattr(rw, "merge", lambda adapted: next(iter(rw.adapters(adapted).values())).detach())
     assert zoo.problems(model, given, "lora") == ["merges to another function"]
     monkeypatch.setattr(zoo, "moved", lambda adapter: None)

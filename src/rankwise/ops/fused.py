@@ -105,7 +105,7 @@ class Bundle(NamedTuple):
             tensors = [t if t is None else t.view_as(t) for t in tensors]
         outs = _Fused.apply(self.how, x, rows, cols, *tensors)
         if not torch.compiler.is_compiling() and outs[0].grad_fn is not None:
-            _check_ourselves(outs[0].grad_fn)
+            _leave_versions_to_backward(outs[0].grad_fn)
         return outs[: len(self.how[1])]
 
 
@@ -241,11 +241,11 @@ def _over_tokens(g: Tensor, y: Tensor, like: Tensor) -> Tensor:
     return reduce(torch.add, [(one * other).sum(0) for one, other in pieces]).to(like.dtype)
 
 
-def _check_ourselves(node: Any) -> None:
+def _leave_versions_to_backward(node: Any) -> None:
     """Have backward see whether a kept output was written on: autograd would raise, or under hooks not look."""
     for i in node.versions:
         try:
-            node._raw_saved_tensors[node.first + i].register_hooks(_same, _same)
+            node._raw_saved_tensors[node.first_kept + i].register_hooks(_same, _same)
         except RuntimeError:  # there are hooks: of activation checkpointing, of an offload
             return
 
@@ -297,7 +297,7 @@ class _Fused(Function):
         if read and x.dtype in HALF:  # where memory is what one trains in half precision for, h is made again
             narrow = ()
         ctx.save_for_backward(x if read else None, rows, cols, *tensors, *kept, *narrow)
-        ctx.how, ctx.read, ctx.versions, ctx.first = how, read, versions, 3 + len(tensors)
+        ctx.how, ctx.read, ctx.versions, ctx.first_kept = how, read, versions, 3 + len(tensors)
         ctx.set_materialize_grads(False)
         return *outs, *narrow  # as an output, what is saved is no constant to a second backward
 
