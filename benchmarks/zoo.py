@@ -2,9 +2,9 @@
 
 A config's sizes are set small wherever it has them. Where that gives a model that runs on random inputs, each method is
 attached at its default targets (convolutions where there is no linear layer) and must start as the base, change the
-output once its factors move, have the same gradients under activation checkpointing, reload to the same function, and
-merge into it. A language model's loss, its logits in chunks where its code lets them be, must be the model's own, with
-its gradients.
+output once its factors move, have the same gradients in a first step under activation checkpointing as in a second one
+without, reload to the same function, and merge into it. A language model's loss, its logits in chunks where its code
+lets them be, must be the model's own, with its gradients.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -187,8 +188,8 @@ def moved(adapter: Any) -> None:
         p += torch.randn(p.shape, generator=draw) / 10
 
 
-def problems(base: Any, given: Mapping[str, Tensor], method: str) -> list[str]:
-    """What does not hold for a method on a model."""
+def problems(base: Any, given: Mapping[str, Tensor], method: str, cast: bool = False) -> list[str]:
+    """What does not hold for a method on a model; ``cast``: trained under autocast to bfloat16."""
     found, model, before = [], copy.deepcopy(base), output(base, given)
     adapter = attached(model, method)
     started = output(model, given)
@@ -208,14 +209,17 @@ def problems(base: Any, given: Mapping[str, Tensor], method: str) -> list[str]:
         y = forward(model.train(), given)
         return y @ torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
 
-    plain = gradients(model, loss)
+    kept = None
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        if base.supports_gradient_checkpointing:  # at first, as in a run: what layers learn at a call comes later
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            kept = gradients(model, loss)
+            model.gradient_checkpointing_disable()
+        plain = gradients(model, loss)
     if not plain:
         found.append("has no gradient")
-    if base.supports_gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        if (far_off := apart(gradients(model, loss), plain)) > 1e-3:
-            found.append(f"gradients differ by {far_off:.0e} under checkpointing")
-        model.gradient_checkpointing_disable()
+    if kept is not None and (off := apart(kept, plain)) > (0.1 if cast else 1e-3):
+        found.append(f"gradients differ by {off:.0e} under checkpointing")
     with TemporaryDirectory() as folder, silent():
         adapter.save(folder)
         other = copy.deepcopy(base)
@@ -283,6 +287,7 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", default=["lora", "dora"])
     parser.add_argument("--only", nargs="*", help="architectures, by transformers' model_type")
     parser.add_argument("--language", action="store_true", help="losses of language models instead")
+    parser.add_argument("--autocast", action="store_true", help="train in bfloat16's autocast")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -300,10 +305,11 @@ def main() -> None:
                 continue
             counts["models"] += 1
             if given.language:
-                tried(f"{name} {kind}", lambda model=model, sample=sample: language_problems(model, sample), counts)
+                tried(f"{name} {kind}", partial(language_problems, model, sample), counts)
                 continue
             for method in given.methods:
-                tried(f"{name} {method}", lambda m=method, b=model, s=sample: problems(b, s, m), counts)
+                check = partial(problems, model, sample, method, given.autocast)
+                tried(f"{name} {method}", check, counts)
     print(", ".join(f"{what}: {n}" for what, n in counts.items()))
 
 

@@ -9,6 +9,7 @@ first one did.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, final
 
 import torch
@@ -51,33 +52,35 @@ class Siblings:
     """
 
     def __init__(self, members: tuple[nn.Module, ...]) -> None:
-        self.members = members
-        self._forget()
-
-    def _forget(self) -> None:
-        self._plan: _Plan | None = None
-        self._alone: tuple[Any, ...] | None = None  # when no member could run as a part
-        self._lone: dict[nn.Module, _Plan | None] = {}  # how each then runs
-        self._ready: dict[nn.Module, tuple[LayerHost, Tensor]] = {}
-        self._x: Tensor | None = None
-        self._then: tuple[Choice, int] | None = None
+        self.__setstate__({"members": members})
 
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.members = state["members"]
-        self._forget()
+        self.members: tuple[nn.Module, ...] = state["members"]
+        self._plan: _Plan | None = None
+        self._tried: tuple[Any, ...] = ()  # when it was tried who can be a part,
+        self._able: tuple[nn.Module, ...] = ()  # who could,
+        self._lone: dict[nn.Module, _Plan | None] = {}  # and how each runs where nobody could
+        self._ready: dict[nn.Module, tuple[LayerHost, Tensor]] = {}
+        self._x: Tensor | None = None
+        self._then: tuple[Any, ...] = ()
+        self._apart: dict[nn.Module, Siblings] = {}  # each alone, once they were seen to read different tensors,
+        self._owed = False  # and whether the call in which they were will run again
 
     def output(self, module: Any, choice: Choice, x: Tensor) -> Tensor | None:
         """A member's output at x, None where it cannot run as a node."""
         if not torch.is_grad_enabled():
             return None
         traced = torch.compiler.is_compiling()
-        now = (choice, 0 if traced else x._version)
-        if module in self._ready and self._x is not x and not traced:
-            self._part_ways()
-            return module._modules["adapters"].siblings.output(module, choice, x)
+        task = -1 if traced else torch._C._current_graph_task_id()  # of the backward in which a checkpoint runs again
+        if self._apart and (task == -1 or not self._owed):
+            return self._apart[module].output(module, choice, x)
+        now = (choice, 0 if traced else x._version, task)
+        if module in self._ready and self._x is not x and not traced and task in (-1, self._then[-1]):
+            self._part_ways(task == self._then[-1])
+            return self._apart[module].output(module, choice, x)
         if module not in self._ready or self._x is not x or self._then != now:
             self._run(module, choice, x, traced)
             self._then = now
@@ -86,11 +89,15 @@ class Siblings:
             self._x = None
         return None if found is None else found[0].finish(x, found[1])
 
-    def _part_ways(self) -> None:
-        """A member reads another tensor after all, and others' outputs are made for nothing: each alone from now."""
-        for member in self.members:
-            holder: Any = member._modules["adapters"]
-            holder.siblings = Siblings((member,))
+    def _part_ways(self, ran: bool) -> None:
+        """A member reads another tensor after all, and others' outputs are made for nothing: each alone from now.
+
+        Where they ran together before in this call, a checkpoint of it runs again as it ran, and comes here once more.
+        """
+        self._ready, self._x = {}, None
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+        self._owed = ran and hooks is not None and not self._apart
+        self._apart = self._apart or {member: Siblings((member,)) for member in self.members}
 
     def _run(self, module: Any, choice: Choice, x: Tensor, traced: bool) -> None:
         """Run the members, if ``module`` can be among them."""
@@ -105,45 +112,43 @@ class Siblings:
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         inside = torch._C._are_functorch_transforms_active()
         now = (choice, registry.generation, x.dtype, x.device, module.training, cast, inside)
-        plan = self._plan
-        size = x.dim(), about(x.numel() // max(x.shape[-1], 1))  # what a form is chosen by
-        if self._alone == (now, size) and not traced:
-            plan = self._lone.get(module)
-            if module not in self._lone or plan is not None and not plan.holds(now):
-                plan = self._lone[module] = _by_itself(module, choice, now, x)
-        elif traced or plan is None or not plan.holds(now):
-            plan = self._make(now, choice, seen)
-            self._alone, self._lone = (now, size) if plan is None else None, {}
-            self._plan = plan if plan is not None and plan.same else None  # else of tensors computed for this call
+        if traced:
+            plan = self._make(now, self.members, choice, seen)
+        elif (plan := self._plan) is None or not plan.holds(now):
+            plan = self._found(module, choice, now, seen)
         if plan is None or module not in plan.hosts:
             return
-        outs = plan.run(seen)
-        if seen is not x:
-            outs = tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outs)
+        outs = [y if seen is x else y.reshape(*x.shape[:-1], y.shape[-1]) for y in plan.run(seen)]
         self._ready = {m: (host, y) for (m, host), y in zip(plan.hosts.items(), outs, strict=True)}
         self._x = x
 
-    def _make(self, now: tuple[Any, ...], choice: Choice, x: Tensor) -> _Plan | None:
-        found: dict[nn.Module, tuple[LayerHost, Part]] = {}
-        same: list[tuple[dict[str, Any], str, Any]] = []
-        for member in self.members:
-            made = _part(member, choice, x)
-            if made is not None and all(made[0].dropout == host.dropout for host, _ in found.values()):
-                found[member] = made
+    def _found(self, module: Any, choice: Choice, now: tuple[Any, ...], x: Tensor) -> _Plan | None:
+        """What to run now. A checkpoint that runs again tries nothing again, so what is tried must not be recorded."""
+        size = x.dim(), about(x.numel() // max(x.shape[-1], 1))  # what a form is chosen by
+        if self._tried != (now, size):
+            with _unseen():
+                self._able = tuple(_parts(self.members, choice, x, drawn=False))
+            self._tried, self._lone = (now, size), {}
+        if self._able:
+            plan = self._make(now, self._able, choice, x)
+            self._plan = plan if plan is not None and plan.same else None  # else of tensors computed for this call
+            return plan
+        if module not in self._lone or (plan := self._lone[module]) is not None and not plan.holds(now):
+            with _unseen():
+                self._lone[module] = _by_itself(module, choice, now, x)
+        return self._lone[module]
+
+    def _make(self, now: tuple[Any, ...], members: Iterable[nn.Module], choice: Choice, x: Tensor) -> _Plan | None:
+        found, same = _parts(members, choice, x), []
         if not found:
             return None
         hosts = {member: host for member, (host, _) in found.items()}
         parts = [part for _, part in found.values()]
-        dropout = next(iter(hosts.values())).dropout
-        if not isinstance(choice, Routing) and all(_is_still(part) for part in parts):
+        tensors = [t for part in parts for t in (part.weight, part.left, part.right, part.magnitude)]
+        still = all(isinstance(t, nn.Parameter) for t in tensors if isinstance(t, Tensor))
+        if still and not isinstance(choice, Routing):  # a view's data may be replaced meanwhile
             same = [row for member in found for row in _where(member, choice)]
-        return _Plan(now, same, hosts, Bundle.of(parts, dropout))
-
-
-def _is_still(part: Part) -> bool:
-    """Whether a part is made of parameters alone, not of a view of one, whose data may be replaced meanwhile."""
-    tensors = [t for t in (part.weight, part.left, part.right, part.magnitude) if isinstance(t, Tensor)]
-    return all(isinstance(t, nn.Parameter) for t in tensors)
+        return _Plan(now, same, hosts, Bundle.of(parts, next(iter(hosts.values())).dropout))
 
 
 def _where(module: Any, choice: tuple[str, ...]) -> list[tuple[dict[str, Any], str, Any]]:
@@ -171,7 +176,25 @@ def _by_itself(module: Any, choice: Choice, now: tuple[Any, ...], x: Tensor) -> 
     return _Plan(now, _where(module, choice), {module: host}, lambda x: (run(x),))
 
 
-def _part(module: Any, choice: Choice, x: Tensor) -> tuple[LayerHost, Part] | None:
+def _unseen() -> AbstractContextManager[Any]:
+    """What is recorded within is seen by no hooks on saved tensors: a checkpoint counts those that it sees."""
+    inside = torch._C._are_functorch_transforms_active()  # which allow no hooks
+    return nullcontext() if inside else torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+
+
+def _parts(
+    members: Iterable[nn.Module], choice: Choice, x: Tensor, drawn: bool = True
+) -> dict[nn.Module, tuple[LayerHost, Part]]:
+    """The members that can be parts of one node, and their parts."""
+    found: dict[nn.Module, tuple[LayerHost, Part]] = {}
+    for member in members:
+        made = _part(member, choice, x, drawn)
+        if made is not None and all(made[0].dropout == host.dropout for host, _ in found.values()):
+            found[member] = made
+    return found
+
+
+def _part(module: Any, choice: Choice, x: Tensor, drawn: bool) -> tuple[LayerHost, Part] | None:
     """A layer under one adapter (or one a block of rows) and its part of a node; None where it must run alone."""
     if "_old_forward" in module.__dict__ or "grafted_transposed" in module.__dict__:
         return None
@@ -190,7 +213,7 @@ def _part(module: Any, choice: Choice, x: Tensor) -> tuple[LayerHost, Part] | No
         return None if correction is None else host.part(correction, x)
 
     part = made(masked=False)  # no mask is drawn for nothing: a run again in backward would draw another number
-    if part is not None and any(isinstance(level.dropout, Dropout) and level.training for level in levels):
+    if drawn and part is not None and any(isinstance(level.dropout, Dropout) and level.training for level in levels):
         part = made(masked=True)
     return None if part is None else (host, part)
 

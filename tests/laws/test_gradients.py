@@ -5,6 +5,7 @@ import torch
 from law_cases import CASES, CONV, LINEAR
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 import rankwise as rw
 from rankwise.host import host_of, linear
@@ -83,3 +84,29 @@ def test_gradients_are_within_the_dtypes_error(structure, layer, dtype, bound):
     wanted = torch.autograd.grad(y, [wide, *adapter.parameters()], g.double())
     for one, two in zip(found, wanted, strict=True):
         assert (one.double() - two).norm() <= bound * two.norm()
+
+
+class Reading(nn.Module):
+    """Three layers that read one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(12, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x) * self.k_proj(x) + self.v_proj(x)
+
+
+@pytest.mark.parametrize("structure", [s for s, layer in CHOSEN if layer is LINEAR[0]], ids=repr)
+def test_a_first_step_under_a_checkpoint_is_the_same_step(structure):
+    """What layers find out at their first call, the run again in backward must not find out differently."""
+    found, x = [], torch.randn(5, 12, requires_grad=True)
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = Reading()
+        adapter = rw.attach(model, rw.Recipe(structure))
+        randomise(adapter, lambda model=model: model(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = checkpoint(model, x, use_reentrant=False) if again else model(x)
+        found.append(torch.autograd.grad(y.float().square().sum(), [x, *adapter.parameters()]))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))

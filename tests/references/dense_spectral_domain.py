@@ -75,7 +75,7 @@ REFERENCES = {
     ),
     "shira": Reference(
         lambda w, f, o: w + spectrum(f, w.shape), lambda m, n, o: o["rank"] * (m + n),
-        "Bhardwaj et al. 2024, arXiv 2406.13175, section 3.1, in words", {"rank": 2}, ({"rank": 1, "mask": "wm"},),
+        "Bhardwaj et al. 2024, arXiv 2406.13175, eq. 4", {"rank": 2}, ({"rank": 1, "mask": "wm"},),
     ),
     "c3a": Reference(
         c3a, lambda m, n, o: m * n // block(m, n, o["block"]), "Chen et al. 2024, arXiv 2407.19342, eq. 4",

@@ -80,16 +80,12 @@ def randomised_svd(w: Tensor, rank: int, iterations: int = 8, seed: int = 0) -> 
     held = float(s[:rank].square().sum(dtype=torch.float64))
     missed = 0.0
     if q.shape[1] < least:  # else it spans everything
-        gram = inner @ inner.mT
-        one, two = (_energy(gram[: k * width, : k * width], rank) for k in (1, 2))
+        gram = (inner @ inner.mT).double()
+        spectra = (torch.linalg.eigvalsh(gram[: k * width, : k * width])[-rank:] for k in (1, 2))
+        one, two = (float(values.clamp_min(0).sum()) for values in spectra)
         ratio = min(max((held - two) / max(two - one, torch.finfo(torch.float64).tiny), 0.0), 0.99)
         missed = SAFETY * max(held - two, 0.0) * ratio / (1 - ratio)
     return Randomised(_signed(q @ u[:, :rank], s[:rank], vh[:rank].mT), held, missed)
-
-
-def _energy(gram: Tensor, rank: int) -> float:
-    """The sum of the largest eigenvalues."""
-    return float(torch.linalg.eigvalsh(gram.double())[-rank:].clamp_min(0).sum())
 
 
 def _signed(u: Tensor, s: Tensor, v: Tensor) -> Triplets:

@@ -16,7 +16,7 @@ from rankwise.errors import IncompatibleAxes
 from rankwise.ranks.ranks import Memory, Plan, gates
 from rankwise.sites import Override, Target
 from rankwise.stats.watch import Watch
-from rankwise.structures import Added, LoRA, Selection, Structure
+from rankwise.structures import Added, LoRA, Selection
 from rankwise.structures.structure import Start
 
 # -- ALoRA --------------------------------------------------------------------------------------
@@ -163,12 +163,9 @@ def selected(sites: Iterable[SiteFactors]) -> tuple[Override, ...]:
             )
         share = m.factors()["e"].detach().softmax(-1)
         rank = int((share >= 1 / share.shape[-1] - 1e-6).sum(-1).max())  # of equal gates all
-        found.append(_at(m.site.name, LoRA(rank, m.structure.alpha, m.structure.scale_rule)))
+        structure = LoRA(rank, m.structure.alpha, m.structure.scale_rule)
+        found.append(Override(Target(re.escape(m.site.name), "regex"), structure))
     return tuple(found)
-
-
-def _at(site: str, structure: Structure) -> Override:
-    return Override(Target(re.escape(site), "regex"), structure)
 
 
 # -- LoRA-drop ----------------------------------------------------------------------------------
