@@ -68,7 +68,8 @@ def small(config: Any) -> Any:
         if getattr(config, name, 1.0) < 1e-3:  # nothing inside would show at the output
             setattr(config, name, value)
     if isinstance(kinds := getattr(config, "layer_types", None), list):
-        config.layer_types = kinds[:2]
+        with suppress(AttributeError):
+            config.layer_types = kinds[:2]
     for part in vars(config).values():
         if isinstance(part, transformers.PreTrainedConfig):
             small(part)

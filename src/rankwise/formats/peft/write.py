@@ -147,7 +147,7 @@ def _pair(d: _Draft, p: Placement) -> Pair:
         structure, f = structure.second, under("second", f)
     found = _exactly(structure, f, p.site.rows)
     if found is None and d.rank is None:
-        raise _refuse(p, "it has no such method; rank=R writes the nearest LoRA of that rank")
+        raise _refuse(p, "it has no such method, or not for every layer; rank=R writes the nearest LoRA of that rank")
     found = found or _nearest(d, p, structure, f)
     if "magnitude" in found[1]:
         if p.site.kind == "parameter" or len(p.carriers) > 1 or p.site.groups > 1:
