@@ -116,6 +116,15 @@ class Strided(nn.Sequential):
         super().__init__(nn.Conv2d(4, 8, 3, 2, padding=1, dilation=2, bias=False))
 
 
+def mixture(kind: str = "glm4_moe") -> nn.Module:
+    """A language model of two layers, the first with a dense block, the second with stacked experts."""
+    sizes = dict(hidden_size=16, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=2, head_dim=4)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=48, initializer_range=0.2)
+    experts = dict(n_routed_experts=4, num_local_experts=4, first_k_dense_replace=1, pad_token_id=0)
+    config = transformers.CONFIG_MAPPING[kind](**sizes, **heads, **experts, num_experts_per_tok=2)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
 def llama(**changes: Any) -> nn.Module:
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(

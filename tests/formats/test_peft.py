@@ -10,6 +10,7 @@ from functools import partial
 import peft
 import pytest
 import torch
+import transformers
 from peft.tuners.lora import BdLoraConfig, KasaConfig
 from peft_models import (
     FIXTURES,
@@ -28,6 +29,7 @@ from peft_models import (
     llama,
     load_peft,
     made,
+    mixture,
     output,
     save,
     with_peft,
@@ -688,6 +690,40 @@ def test_ours_in_peft(recipe, kind, tmp_path):
     report, figure = round_trip(recipe, tmp_path)
     assert report.method == kind
     assert figure <= TOLERANCE
+
+
+OTHERS = {"glm4_moe": "shared_experts.up_proj", "phimoe": "router"}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_layers_that_peft_would_take_for_others(kind, tmp_path):
+    """GLM's dense and shared projections are no parts of its experts; PhiMoE's router is more than a linear layer."""
+    build = partial(mixture, kind)
+    _, figure = round_trip(rw.recipe("lora", rank=4), tmp_path, build)
+    assert figure <= TOLERANCE
+    back, base, (model, _) = made(build), made(build), attached(rw.recipe("lora", rank=4), build)
+    rw.formats.peft.load(back, tmp_path)
+    assert figures(back, model, base, inputs(base)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_dora_where_peft_would_take_a_layer_for_another_is_refused(kind, tmp_path):
+    _, adapter = attached(rw.recipe("dora", rank=4, sites=rw.Sites(targets=OTHERS[kind])), partial(mixture, kind))
+    with pytest.raises(rw.errors.ConversionError, match="no bare parameters"):
+        rw.export(adapter, tmp_path)
+
+
+def test_a_weight_that_the_model_reads_itself_is_told(tmp_path):
+    """WavLM's attention never runs its projections; PEFT's adapters on them do nothing."""
+    model = transformers.WavLMModel(
+        transformers.WavLMConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8,),
+            conv_stride=(2,), conv_kernel=(2,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        )
+    )  # fmt: skip
+    adapter = rw.attach(model, rw.recipe("lora", rank=2, sites=rw.Sites(targets=("q_proj", "intermediate_dense"))))
+    (note,) = rw.export(adapter, tmp_path).notes
+    assert note.startswith("encoder.layers.0.attention.q_proj: where the model reads this weight itself")
 
 
 def test_parts_of_a_fused_projection_become_one_lora(tmp_path):

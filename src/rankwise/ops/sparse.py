@@ -44,20 +44,20 @@ class _Sample(Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, row: Tensor, col: Tensor) -> Tensor:
         ctx.save_for_backward(g, x, row, col)
+        if len(row) > len(g) * len(x):  # some places twice: torch's product takes no more entries than the matrix has
+            return (g[row] * x[col]).sum(-1)
         order = (row * len(x) + col).argsort()
         start = torch.searchsorted(row[order], torch.arange(len(g) + 1, device=row.device))
-        with warnings.catch_warnings():  # torch's word on compressed rows: in beta state
-            warnings.simplefilter("ignore", UserWarning)
+        with warnings.catch_warnings(), torch.autocast(x.device.type, enabled=False):
+            warnings.simplefilter("ignore", UserWarning)  # torch's word on compressed rows: in beta state
             none, shape = g.new_zeros(len(row)), (len(g), len(x))
             places = torch.sparse_csr_tensor(start, col[order], none, shape, check_invariants=False)
-            with torch.autocast(x.device.type, enabled=False):
-                found = torch.sparse.sampled_addmm(places, g.contiguous(), x.mT).values()
+            found = torch.sparse.sampled_addmm(places, g.contiguous(), x.mT).values()
         return torch.empty_like(found).index_copy_(0, order, found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        g, x, row, col = ctx.saved_tensors
-        (d,) = grads
+        (g, x, row, col), (d,) = ctx.saved_tensors, grads
         return _Spread.apply(x, d, row, col, len(g)), _Spread.apply(g, d, col, row, len(x)), None, None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapter import Placement
 from rankwise.candidates import Candidate, base_modules, candidates
 from rankwise.errors import ConversionError
 from rankwise.formats.peft import augmented, rotating, sharing, spectral_domain, threefactor
@@ -68,6 +69,14 @@ def check(kind: str, site: Site, module: Any, structure: Structure | None = None
             f"PEFT's {kind} is ours on {', '.join(method.layers)}, plain ones if convolutions; found {site.name} with "
             f"{', '.join(wrong)}. Leave that layer out of the adapter, or merge the adapter and save the model."
         )
+
+
+def method_of(modules: Mapping[str, Any], placements: list[Placement]) -> str:
+    """PEFT's name of the one method of all sites, or LORA where they have none in common."""
+    kinds: dict[type[Structure], str] = {s: kind for kind, m in METHODS.items() for s in (m.structure, *m.kin)}
+    kind, *others = {kinds.get(type(p.structure), "LORA") for p in placements}
+    fits = not others and {layer_of(p.site, modules[p.carriers[0][0]]) for p in placements} <= {*METHODS[kind].layers}
+    return kind if fits else "LORA"
 
 
 # -- places ---------------------------------------------------------------------------------------

@@ -19,16 +19,18 @@ from rankwise.attachment import Adapter
 from rankwise.candidates import base_modules
 from rankwise.errors import ConversionError
 from rankwise.formats.peft.config import CONFIG, DROPOUTS, VERSION
-from rankwise.formats.peft.layout import METHODS, Place, check, layer_of, made_anew, places, theirs
+from rankwise.formats.peft.layout import METHODS, Place, check, made_anew, method_of, places, theirs
 from rankwise.formats.peft.threefactor import SHARED
 from rankwise.formats.report import ExportReport
-from rankwise.host import host_of
+from rankwise.host import LAYER, host_of, kind_of
 from rankwise.structures import OFT, Added, Chain, LoRA, LoRAFA, Magnitude, Replace, Rows, Stack, Structure, TokenRows
 from rankwise.structures.convolutions import CrossGroup, PatchOFT
 from rankwise.structures.structure import check_rank
 from rankwise.structures.wrappers import under
 
 WEIGHTS = "adapter_model.safetensors"
+# PEFT takes targets of these names for the parts of experts that a model stacks as gate_up_proj, and drops the layers
+_PARTS = re.compile(r".*\.(gate|gate_proj|up_proj|down_proj|w1|w2|w3)")
 
 
 def _refuse(p: Placement, why: str) -> ConversionError:
@@ -40,11 +42,16 @@ def _refuse(p: Placement, why: str) -> ConversionError:
 class _Draft:
     """The file as it grows: its method, tensors and settings, and what it cannot say."""
 
-    def __init__(self, adapter: Adapter, rank: int | None) -> None:
+    def __init__(self, adapter: Adapter, rank: int | None, placements: list[Placement]) -> None:
         self.adapter, self.rank, self.error = adapter, rank, 0.0
-        self.kind: str | None = None
         self.modules: dict[str, Any] = base_modules(adapter.model)
-        parameters = [p.site.name for p in adapter.placements if p.site.kind == "parameter"]
+        self.kind = method_of(self.modules, placements) if placements else None
+        stacks = self.kind == "LORA" and any("gate_up_proj" in m._parameters for m in self.modules.values())
+        parameters = {
+            f"{path}.{'weight' if slot == LAYER else slot}".removeprefix(".")
+            for path, slot, _ in [p.carriers[0] for p in placements]
+            if kind_of(self.modules[path]) is None or (stacks and _PARTS.fullmatch(path))
+        }
         self.places = {p.candidate.site.name: p for p in places(adapter.model, parameters)}
         self.tensors: dict[str, Tensor] = {}
         self.settings: dict[str, Any] = {}
@@ -68,6 +75,8 @@ class _Draft:
         if place is None or not place.path or (len(p.carriers) > 1 and kind != "LORA"):
             raise _refuse(p, "it has no place for them")
         check(kind, p.site, module, p.structure)
+        if p.site.kind == "parameter" and kind_of(module) and place.path == place.candidate.path:
+            self.notes.append(f"{p.site.name}: where the model reads this weight itself, PEFT's adapter does not act")
         self.add(place.path, theirs(kind, place, module, factors))
         self.targets.append(place.key)
         return place
@@ -83,10 +92,7 @@ class _Draft:
     def spread(self, key: str, values: Mapping[str, Any], patterns: str | None = None) -> None:
         """A setting of every site: the commonest value, and patterns for the others."""
         common = Counter(values.values()).most_common(1)[0][0]
-        plain = patterns in (
-            "block_size_pattern",
-            "n_frequency_pattern",
-        )  # PEFT finds them behind a dot, or as they are
+        plain = patterns in ("block_size_pattern", "n_frequency_pattern")  # PEFT finds them behind a dot, or as is
         odd = {k if plain else f"^{re.escape(k)}": v for k, v in values.items() if v != common}
         if odd and patterns is None:
             raise ConversionError(f"PEFT has one {key} for all sites; found {values}. Make them one, or merge.")
@@ -150,7 +156,8 @@ def _pair(d: _Draft, p: Placement) -> Pair:
         raise _refuse(p, "it has no such method, or not for every layer; rank=R writes the nearest LoRA of that rank")
     found = found or _nearest(d, p, structure, f)
     if "magnitude" in found[1]:
-        if p.site.kind == "parameter" or len(p.carriers) > 1 or p.site.groups > 1:
+        bare = p.site.kind == "parameter" or d.places[p.site.name].key not in d.modules
+        if bare or len(p.carriers) > 1 or p.site.groups > 1:
             raise _refuse(p, "its DoRA takes no bare parameters, no tied heads and no groups")
         if getattr(d.modules[path], "padding_idx", None) is not None:
             d.notes.append(f"{p.site.name}: PEFT moves the padding row, which here stays the base's")
@@ -319,23 +326,13 @@ def _whole(d: _Draft, placements: list[Placement]) -> None:
             if path == "" or any(f"{t}.".startswith(f"{path}.") for t in d.targets):
                 raise _refuse(p, "it saves a module whole or adapts what is in it, not both")
             saved.append(path)
-            state = d.modules[path].state_dict()  # PEFT saves all of the module
-            d.add(path, {k: io.whole(v) for k, v in state.items() if "adapters" not in k.split(".")})
+            held = d.modules[path].state_dict().items()  # PEFT saves all of the module
+            d.add(path, {k: io.whole(v) for k, v in held if "adapters" not in k.split(".")})
         d.add(path, {slot: value})
-    if saved:
-        d.settings["modules_to_save"] = saved
+    d.settings |= {"modules_to_save": saved} if saved else {}
 
 
 # -- the files ----------------------------------------------------------------------------------
-
-
-def _method(d: _Draft, placements: list[Placement]) -> str:
-    """The one method of all sites, or LoRA where they have none in common."""
-    kinds: dict[type[Structure], str] = {s: kind for kind, m in METHODS.items() for s in (m.structure, *m.kin)}
-    found = {kinds.get(type(p.structure), "LORA") for p in placements}
-    kind = found.pop()
-    fits = not found and {layer_of(p.site, d.modules[p.carriers[0][0]]) for p in placements} <= {*METHODS[kind].layers}
-    return kind if fits else "LORA"
 
 
 def write(adapter: Adapter, path: str | Path, rank: int | None = None) -> ExportReport:
@@ -356,12 +353,11 @@ def write(adapter: Adapter, path: str | Path, rank: int | None = None) -> Export
         ConversionError: a structure or a site that PEFT cannot hold.
         SaveError: the disk is full or not writable.
     """
-    d, folder = _Draft(adapter, rank), Path(path)
     placements = io.served(adapter.placements)
     whole = [p for p in placements if isinstance(p.structure, Replace)]
     tokens = [p for p in placements if isinstance(p.structure, TokenRows)]
     rest = [p for p in placements if p not in whole and p not in tokens]
-    d.kind = _method(d, rest) if rest else None
+    d, folder = _Draft(adapter, rank, rest), Path(path)
     with torch.no_grad():
         if d.kind:
             _WRITERS.get(d.kind, _plain)(d, rest)
@@ -383,8 +379,7 @@ def _config(d: _Draft) -> dict[str, Any]:
     parameters = [t for t in d.targets if t not in d.modules]
     targets: Any = sorted(set(d.targets) - set(parameters))
     clash = any(name.endswith(f".{t}") for t in targets for name in d.modules.keys() - set(targets))
-    if any(type(d.modules[t]).__name__ == "Conv1D" for t in targets):
-        d.settings["fan_in_fan_out"] = True
+    d.settings |= {"fan_in_fan_out": True} if any(type(d.modules[t]).__name__ == "Conv1D" for t in targets) else {}
     p = d.adapter.recipe.dropout
     key = DROPOUTS.get(d.kind or "")
     if key and not parameters and not isinstance(p, Dropout):
@@ -393,8 +388,7 @@ def _config(d: _Draft) -> dict[str, Any]:
         d.notes.append(f"dropout={p} of training, which PEFT has not for these sites")
     if clash and d.kind != "TRAINABLE_TOKENS":  # PEFT takes the ends of names
         targets = "|".join(re.escape(t) for t in targets)
-    if parameters:
-        d.settings["target_parameters"] = parameters
+    d.settings |= {"target_parameters": parameters} if parameters else {}
     name = getattr(d.adapter.model, "name_or_path", None) or None
     own = {"peft_type": d.kind, "target_modules": targets, "base_model_name_or_path": name, "inference_mode": True}
     return {**d.settings, **mapping, **own, "peft_version": VERSION}
