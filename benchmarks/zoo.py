@@ -233,6 +233,31 @@ def problems(base: Any, given: Mapping[str, Tensor], method: str, cast: bool = F
     return found
 
 
+def routing_problems(base: Any, given: Mapping[str, Tensor], method: str) -> list[str]:
+    """Whether a row under an adapter beside one without any is another than alone."""
+    model = copy.deepcopy(base)
+    before = by_row(model, given)
+    adapter = attached(model, method)
+    moved(adapter)
+    after = by_row(model, given)
+    with rw.route(model, [adapter.name, None]):
+        routed = by_row(model, given)
+    wanted, far = [torch.stack([one[0], none[1]]) for one, none in zip(after, before, strict=True)], 0.0
+    for got, want, none in zip(routed, wanted, before, strict=True):
+        far = max(far, ((got - want).abs().max() / (want - none).abs().max().clamp_min(1e-6)).item())
+    if not routed:
+        raise Unbuilt("no output has rows")
+    return [f"a routed row differs by {far:.0e} of the effect"] if far > 0.02 else []
+
+
+@torch.no_grad()
+def by_row(model: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
+    """The floating tensors that the model returns, of those with an entry a row of the batch."""
+    transformers.set_seed(0)
+    found = [v for v in model.eval()(**given).values() if isinstance(v, Tensor) and v.is_floating_point()]
+    return [v.clone() for v in found if len(v) == 2]
+
+
 def language_problems(model: Any, given: Mapping[str, Tensor]) -> list[str]:
     """Whether a language model's loss in chunks is another than its own."""
     given = {**given, "labels": [*given.values()][-1].clone()}
@@ -288,6 +313,7 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", default=["lora", "dora"])
     parser.add_argument("--only", nargs="*", help="architectures, by transformers' model_type")
     parser.add_argument("--language", action="store_true", help="losses of language models instead")
+    parser.add_argument("--route", action="store_true", help="a batch with the adapter on one of its two rows instead")
     parser.add_argument("--autocast", action="store_true", help="train in bfloat16's autocast")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -310,6 +336,8 @@ def main() -> None:
                 continue
             for method in given.methods:
                 check = partial(problems, model, sample, method, given.autocast)
+                if given.route:
+                    check = partial(routing_problems, model, sample, method)
                 tried(f"{name} {method}", check, counts)
     print(", ".join(f"{what}: {n}" for what, n in counts.items()))
 

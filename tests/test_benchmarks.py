@@ -12,7 +12,7 @@ from torch import nn
 
 peft = pytest.importorskip("peft")
 
-from benchmarks import criteria, large, memory, paired, report, together, where, zoo  # noqa: E402
+from benchmarks import criteria, large, memory, paired, random_runs, report, together, where, zoo  # noqa: E402
 from benchmarks.__main__ import EVERY  # noqa: E402
 from benchmarks.models import Case, batch, forward, llama, stepper  # noqa: E402
 from benchmarks.paired import Rounds, conditions, interval, measure, overhead, ratio  # noqa: E402
@@ -175,6 +175,31 @@ def test_the_zoo_finds_what_does_not_hold(monkeypatch):
     assert "has next to no effect" in zoo.problems(model, given, "lora")
     with pytest.raises(zoo.Unbuilt):
         zoo.built("vision-encoder-decoder")
+
+
+def test_random_runs_find_what_does_not_hold(monkeypatch):
+    run = random_runs.Run(14)
+    assert str(run) == str(random_runs.Run(14)) != str(random_runs.Run(8))
+    assert random_runs.problems(run) == []
+    whole = random_runs.Run.trained
+
+    def others(run, folder, since=None):
+        model, adapter = whole(run, folder, since)
+        with torch.no_grad():
+            for p in adapter.parameters() if since else ():
+                p.add_(1)
+        return model, adapter
+
+    with monkeypatch.context() as patch:
+        patch.setattr(random_runs.Run, "trained", others)
+        (found,) = random_runs.problems(run)
+        assert found.startswith("resumes to another run")
+    with monkeypatch.context() as patch:
+        patch.setattr(random_runs.Run, "trained", lambda run, *_: run.attached())
+        assert random_runs.problems(run) == ["does not move"]
+    monkeypatch.setattr(rw, "merge", lambda adapted: next(iter(rw.adapters(adapted).values())).detach())
+    monkeypatch.setattr(rw, "load", lambda model, path: run.attached()[1] and rw.attach(model, run.recipe))
+    assert random_runs.problems(run) == ["reloads to another function", "merges to another function"]
 
 
 def test_least_arithmetic_of_a_square_layer():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.activity import Activity, Choice, Record, Routing
-from rankwise.errors import IncompatibleAxes
+from rankwise.errors import ActivityError, IncompatibleAxes
 from rankwise.host import ParameterHost, Site
 from rankwise.structures import Factor, Structure
 from rankwise.structures.adversary import Adversary
@@ -265,9 +265,8 @@ def adapted_value(module: nn.Module, name: str) -> Tensor:
         return cached
     choice = holder.choice()
     if isinstance(choice, Routing):
-        chosen = {row for row in choice.rows if holder.active(normal(row), name)}
-        if chosen:
-            raise TypeError(
+        if any(holder.active(normal(row), name) for row in choice.rows):
+            raise ActivityError(
                 f"A bare parameter ({name}) has one value for the whole batch, so rows cannot be "
                 f"routed through it; route batches of one adapter, or leave it out of the targets."
             )

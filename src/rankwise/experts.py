@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from rankwise.adapter import SiteFactors
+from rankwise.errors import ActivityError
 from rankwise.host import ParameterHost
 from rankwise.structures import Added
 from rankwise.structures.adversary import Adversary
@@ -81,11 +82,11 @@ def run_experts(
         (tokens, in).
 
     Raises:
-        ValueError: the tokens are not those of so many rows.
+        ActivityError: the tokens are not those of so many rows.
     """
     choices, (tokens, k) = max(rows) + 1, index.shape
     if tokens % len(rows):
-        raise ValueError(
+        raise ActivityError(
             f"A routing names one adapter a row of the batch, and all rows have as many tokens; found {len(rows)} "
             f"names and {tokens} tokens. Repeat each name for every beam or returned sequence."
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rankwise.activity import Routing
 from rankwise.adapter import Adapters, SiteFactors, adapted_value, blocks, key_of, normal, stacked
+from rankwise.errors import ActivityError
 from rankwise.experts import STACKS, is_experts, run_experts
 from rankwise.host import LAYER, Adapted, Host, LayerHost, TransposedHost, kind_of
 
@@ -37,47 +38,47 @@ def run_levels(levels: list[SiteFactors], base: Host, x: Tensor) -> Tensor:
     return host(x)
 
 
+def _together(levels: list[SiteFactors], base: Host, x: Tensor) -> Tensor:
+    """Adapters of one kind, each on one entry of x."""
+    base.dropout = levels[0].p
+    return levels[0].structure.apply(stacked(levels), x, base)
+
+
 def run_routed(holder: Adapters, rows: tuple[str | None, ...], base: Host, x: Tensor) -> Tensor:
     """Each row of the batch through its own adapter; equal structures run as one batch (L3)."""
-    if x.shape[0] != len(rows):
-        raise ValueError(
-            f"A routing names one adapter a row of the batch; found {len(rows)} names and an input "
-            f"of {x.shape[0]} rows. Repeat each name for every beam or returned sequence."
+    flat = x.dim() == (2 if x.is_floating_point() else 1)  # one token a row, or the tokens of all rows in their order
+    tokens = 0 if torch.compiler.is_compiling() else holder.registry.activity.tokens
+    if len(x) != len(rows) and not (flat and len(x) == len(rows) * tokens):
+        raise ActivityError(
+            f"A routing names one adapter a row of the batch; found {len(rows)} names, an input of shape "
+            f"{tuple(x.shape)}. Repeat each name for every beam or sequence; leave out layers that see no such rows."
         )
+    if flat:
+        return run_routed(holder, rows, base, x.unflatten(0, (len(rows), -1))).flatten(0, 1)
     levels = blocks(holder, rows, LAYER) if base.kind == "linear" and x.dim() == 3 else []
     if levels:  # as many tokens of one adapter
-        base.dropout = levels[0].p
-        y = levels[0].structure.apply(stacked(levels), x.reshape(len(levels), -1, x.shape[-1]), base)
+        y = _together(levels, base, x.reshape(len(levels), -1, x.shape[-1]))
         return y.reshape(*x.shape[:-1], y.shape[-1])
-    # a row that is a single vector (or index) becomes a batch of one token
-    lone = x.dim() == (2 if x.is_floating_point() else 1)
-    x = x.unsqueeze(1) if lone else x
     groups: dict[Any, list[int]] = {}
     found = {row: holder.active(normal(row), LAYER) for row in set(rows)}
     for i, row in enumerate(rows):
-        key = None
-        if found[row]:
-            key = key_of(found[row][0])
-        groups.setdefault(key, []).append(i)
+        groups.setdefault(key_of(found[row][0]) if found[row] else None, []).append(i)
     pieces, order = [], []
     for key, members in groups.items():
         part = x.index_select(0, torch.tensor(members, device=x.device))
-        if key is None:
-            pieces.append(base(part))
-        else:
-            levels = [found[rows[i]][0] for i in members]
-            base.dropout = levels[0].p
-            pieces.append(levels[0].structure.apply(stacked(levels), part, base))
+        levels = [found[rows[i]][0] for i in members if key]
+        pieces.append(_together(levels, base, part) if key else base(part))
         order += members
-    back = torch.tensor(order, device=x.device).argsort()
-    y = torch.cat(pieces).index_select(0, back)
-    return y.squeeze(1) if lone else y
+    return torch.cat(pieces).index_select(0, torch.tensor(order, device=x.device).argsort())
 
 
 def _layer_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         holder: Adapters = self._modules["adapters"]
         choice = holder.choice()
+        routed = isinstance(choice, Routing)
+        if routed and x.dim() == 3 and not torch.compiler.is_compiling():
+            holder.registry.activity.tokens = x.shape[1]
         if holder.watches:
             holder.watch(choice, LAYER, x)
         if holder.siblings is not None:
@@ -85,7 +86,6 @@ def _layer_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
             if y is not None:
                 holder.note(choice, y)
                 return y
-        routed = isinstance(choice, Routing)
         levels = [] if routed else holder.active(choice, LAYER)
         if not levels and not (routed and any(holder.get(r, LAYER) for r in choice.rows if r)):
             y = base.forward(self, x, *args, **kwargs)

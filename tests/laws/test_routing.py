@@ -64,6 +64,35 @@ def test_two_adapters_on_different_layers():
             torch.testing.assert_close(got[i], model(x)[i], rtol=0, atol=1e-12)
 
 
+class Flattening(nn.Module):
+    """A block like those of OPT and of most mixtures: its second part sees the tokens of all rows one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = x + self.attention(x).tanh()
+        return x + self.mlp(x.flatten(0, 1)).tanh().view(x.shape)
+
+
+@pytest.mark.parametrize("names", [["a0", None, "a1"], ["a0", "a0", "a1", "a1"], ["a1", "a2", None]], ids=str)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_tokens_of_all_rows_in_one_dim(names, tokens):
+    torch.manual_seed(0)
+    model = Flattening().double().eval()
+    layer = Layer("", lambda: model, lambda n: torch.randn(n, tokens, 6).double(), rw.Sites())
+    crowd(model, layer, (LoRA(2), LoRA(2), OFT(3)))
+    check_rows(model, layer, names)
+
+
+def test_tokens_of_unknown_rows_are_refused():
+    model = Flattening().double()
+    rw.attach(model, rw.Recipe(LoRA(2), sites=rw.Sites("mlp")), "one")  # whose tokens are whose is nowhere seen
+    with rw.route(model, ["one", None]), pytest.raises(rw.errors.ActivityError, match=r"one adapter a row.*\(8, 6\)"):
+        model(torch.randn(2, 4, 6).double())
+
+
 def test_gradients_reach_each_rows_adapter_alone():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6)).double()
@@ -97,7 +126,7 @@ def test_what_cannot_be_routed_says_so():
     layer = next(layer for layer in LAYERS if layer.name == "experts")
     model = layer.make().double()
     rw.attach(model, rw.Recipe(LoRA(2)), "one")
-    with rw.route(model, ["one", None]), pytest.raises(TypeError, match="cannot be routed"):
+    with rw.route(model, ["one", None]), pytest.raises(rw.errors.ActivityError, match="cannot be routed"):
         model(layer.inputs(2))
     with rw.route(model, [None, None]):
         model(layer.inputs(2))
