@@ -60,7 +60,7 @@ PROTOCOLS = {
     "rankwise.ranks.ranks",
     "rankwise.penalties.penalty",
 }
-MAX_CODE_LINES = 17000  # foundation 6,000, speed and plan, solvers and evidence to 13,000, then the structures
+MAX_CODE_LINES = 17_050  # foundation 6,000, speed and plan, solvers and evidence to 13,000, then the structures
 MAX_FILE_LINES = 400
 
 

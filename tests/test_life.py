@@ -41,6 +41,14 @@ def test_names_and_classes_stay(layer):
         assert list(inspect.signature(now).parameters) == list(inspect.signature(cls).parameters)
 
 
+@pytest.mark.parametrize("name", ["experts", "MultiheadAttention"])
+def test_an_adapted_parameter_is_one_by_its_name(name):
+    """As transformers asks while it saves."""
+    _, model, _ = made(BY_NAME[name])
+    for path, _ in model.named_parameters():
+        assert model.get_parameter(path).shape == model.state_dict()[path].shape
+
+
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda v: v.name)
 def test_detach_leaves_no_trace(layer):
     base, model, x = made(layer, names=("one", "two"))

@@ -70,6 +70,11 @@ def theirs(**options: Any) -> Any:
     return peft.get_peft_model(two(), config)
 
 
+def test_the_budget_follows_the_rank_unless_it_is_given():
+    budgets = [rw.recipe("adalora", **given).ranks.budget for given in ({}, {"rank": 3}, {"rank": 3, "budget": 1.0})]
+    assert budgets == [8.0, 2.0, 1.0]
+
+
 def test_the_budget_falls_as_in_peft():
     plan = Budget(50, budget=3, warmup=7, final=11)
     allocator = theirs(tinit=7, tfinal=11, total_step=50).base_model.rankallocator

@@ -47,10 +47,10 @@ _WRITTEN = {
 BASES = (None, "nf4", "int8")
 
 
-def _rank(structure: Structure) -> int | None:
+def inner_rank(structure: Structure) -> int | None:
     """The rank of the innermost structure, None where it has none."""
     inner = getattr(structure, "inner", None)
-    return _rank(inner) if isinstance(inner, Structure) else getattr(structure, "rank", None)
+    return inner_rank(inner) if isinstance(inner, Structure) else getattr(structure, "rank", None)
 
 
 @final
@@ -108,7 +108,7 @@ class Recipe:
                     f"{type(axis).__name__} needs a structure with the trait '{trait}', which "
                     f"{structure!r} has not; {_REMEDY.get(trait, 'choose another structure')}."
                 )
-        rank = _rank(structure)
+        rank = inner_rank(structure)
         if self.ranks.budget and isinstance(rank, int) and self.ranks.budget > rank:
             raise RankError(
                 f"A rank budget is at most the structure's rank; found {self.ranks!r} on {structure!r}. Lower the "

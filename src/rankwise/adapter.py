@@ -281,6 +281,8 @@ def adapted_value(module: nn.Module, name: str) -> Tensor:
     value = host.tensor(w).to(host.dtype)
     if not torch.is_grad_enabled():  # torch picks kernels by requires_grad, even under no_grad
         value = value.detach()
+    if not torch.compiler.is_compiling():
+        vars(value)["_is_param"] = True  # what torch tells a parameter by, for get_parameter and whoever asks it
     holder.note(choice, value)
     return value
 

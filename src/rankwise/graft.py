@@ -7,6 +7,7 @@ hooked or renamed (``torch.nn.utils.parametrize`` would rename the parameter).
 """
 
 import functools
+import re
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -19,6 +20,8 @@ from rankwise.adapter import Adapters, SiteFactors, adapted_value, blocks, key_o
 from rankwise.errors import ActivityError
 from rankwise.experts import STACKS, is_experts, run_experts
 from rankwise.host import LAYER, Adapted, Host, LayerHost, TransposedHost, kind_of
+
+_EXPERT = re.compile(r"\bexperts\.\w*\d+\b")  # a layer that sees the tokens that were sent to one expert
 
 
 class Grafted:
@@ -48,7 +51,9 @@ def run_routed(holder: Adapters, rows: tuple[str | None, ...], base: Host, x: Te
     """Each row of the batch through its own adapter; equal structures run as one batch (L3)."""
     flat = x.dim() == (2 if x.is_floating_point() else 1)  # one token a row, or the tokens of all rows in their order
     tokens = 0 if torch.compiler.is_compiling() else holder.registry.activity.tokens
-    if len(x) != len(rows) and not (flat and len(x) == len(rows) * tokens):
+    levels = [level for row in dict.fromkeys(rows) for level in holder.active(normal(row), LAYER)]
+    sorted_out = flat and any(_EXPERT.search(level.site.name) for level in levels)
+    if sorted_out or len(x) != len(rows) and not (flat and len(x) == len(rows) * tokens):
         raise ActivityError(
             f"A routing names one adapter a row of the batch; found {len(rows)} names, an input of shape "
             f"{tuple(x.shape)}. Repeat each name for every beam or sequence; leave out layers that see no such rows."
@@ -57,8 +62,7 @@ def run_routed(holder: Adapters, rows: tuple[str | None, ...], base: Host, x: Te
         return run_routed(holder, rows, base, x.unflatten(0, (len(rows), -1))).flatten(0, 1)
     levels = blocks(holder, rows, LAYER) if base.kind == "linear" and x.dim() == 3 else []
     if levels:  # as many tokens of one adapter
-        y = _together(levels, base, x.reshape(len(levels), -1, x.shape[-1]))
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return _together(levels, base, x.reshape(len(levels), -1, x.shape[-1])).reshape(*x.shape[:-1], -1)
     groups: dict[Any, list[int]] = {}
     found = {row: holder.active(normal(row), LAYER) for row in set(rows)}
     for i, row in enumerate(rows):

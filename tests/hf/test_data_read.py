@@ -316,6 +316,15 @@ def test_the_model_knows_every_token(lines):
     refused(lambda: check_model(tokenizer, small, examples), known, known - 9)
 
 
+def test_a_model_of_hashed_characters_has_no_rows_to_count(lines):
+    from transformers import CanineConfig, CanineForSequenceClassification
+
+    size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = CanineForSequenceClassification(CanineConfig(num_attention_heads=2, max_position_embeddings=64, **size))
+    tokenizer = make_tokenizer()
+    check_model(tokenizer, model, load(lines(*TEXTS), tokenizer))
+
+
 def test_a_token_beyond_the_model_is_refused_where_it_is_used(lines):
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer))

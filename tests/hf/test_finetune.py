@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import rankwise as rw
-from rankwise.errors import DataError, IncompatibleAxes, UnknownName
+from rankwise.errors import DataError, IncompatibleAxes, TrainingError, UnknownName
 from rankwise.hf.finetune import Run, finetune
 from rankwise.hf.method import compose
 from rankwise.hf.plots import loss_curve
 from rankwise.hf.prepare import prepare
-from rankwise.hf.tasks import Task
+from rankwise.hf.tasks import SequenceClassification, Task
 from rankwise.inits import Gaussian, Kaiming, Principal
 from rankwise.solvers import AdamW, LoRAPlus
 from rankwise.structures import Anchored, LoRA, Magnitude, SVDForm
@@ -113,6 +113,24 @@ def test_a_task_from_outside_that_is_not_text(tmp_path):
     assert result.before and result.after
     assert result.after["rmse"] < 0.8 * result.before["rmse"]
     assert (tmp_path / "o" / "adapter.safetensors").exists()
+
+
+def test_checkpointing_of_a_model_that_has_none(tmp_path):
+    run = Run.of({"model": "-", "data": "1", "out": str(tmp_path / "o"), "rank": 1, "checkpointing": True})
+    with pytest.raises(TrainingError, match="Regressor has no activation checkpointing; leave out"):
+        prepare(run, Regression())
+
+
+def test_only_the_outermost_head_of_a_classifier_is_trained_whole():
+    """ModernVBERT's image tower has a head of its own."""
+    model = nn.Sequential()
+    model.add_module("tower", nn.Sequential())
+    model.tower.add_module("score", nn.Linear(4, 4))
+    model.add_module("score", nn.Linear(4, 2))
+    adapter = rw.attach(
+        model, rw.recipe("lora", rank=1, sites=SequenceClassification().sites(rw.Sites("tower.score"), model))
+    )
+    assert sorted(adapter) == ["score.bias", "score.weight", "tower.score"]
 
 
 @pytest.mark.parametrize("method", ["eva", "lora_ga", "lora_sb"])

@@ -93,6 +93,22 @@ def test_tokens_of_unknown_rows_are_refused():
         model(torch.randn(2, 4, 6).double())
 
 
+def test_tokens_sent_to_one_expert_are_no_rows():
+    class Sent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+        def forward(self, x):
+            tokens = x.flatten(0, 1)
+            return torch.cat([self.experts[0](tokens[:2]), self.experts[1](tokens[2:])]).view(x.shape)
+
+    model = Sent().double()
+    rw.attach(model, rw.Recipe(LoRA(2)), "one")
+    with rw.route(model, ["one", None]), pytest.raises(rw.errors.ActivityError, match=r"one adapter a row.*\(2, 6\)"):
+        model(torch.randn(2, 4, 6).double())
+
+
 def test_gradients_reach_each_rows_adapter_alone():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6)).double()

@@ -112,6 +112,16 @@ def test_a_run_that_no_single_change_saves(tiny):
     assert not made.remedies and "no single change" in str(made)
 
 
+def test_a_change_that_the_model_does_not_allow_is_no_remedy(tmp_path):
+    """CTRL has no activation checkpointing."""
+    config = transformers.CTRLConfig(vocab_size=64, n_positions=64, n_embd=32, dff=64, n_layer=2, n_head=4)
+    config.save_pretrained(tmp_path)
+    made = rw.plan(tmp_path, **SMALL, memory=rw.plan(tmp_path, **SMALL).peak * 4 // 5)
+    assert {name for r in made.remedies for name in r.changes} == {"batch", "accumulate"}
+    with pytest.raises(PlanError, match=r"support activation checkpointing\. Measure"):
+        rw.plan(tmp_path, **SMALL, checkpointing=True)
+
+
 def test_a_lower_rank_or_a_quantised_base_can_be_the_remedy(tiny):
     pytest.importorskip("bitsandbytes")
     settings = {**SMALL, "batch": 1, "max_length": 8, "rank": 16, "checkpointing": True}

@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device, set_seed
 from torch.utils.data import DataLoader
 
 from rankwise.attachment import Adapter, attach, targets
-from rankwise.errors import DataError, UnknownName
+from rankwise.errors import DataError, TrainingError, UnknownName
 from rankwise.hf.method import recipe_of
 from rankwise.hf.models import config_of
 from rankwise.hf.references import evaluating
@@ -117,6 +117,8 @@ def prepare(run: Run, task: Task | None = None, listener: Stages | None = None) 
     listener.doing("loading the model")
     set_seed(run.seed)
     model = task.model(run.model, train, processor, base=recipe.base, dtype=run.dtype)
+    if run.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise TrainingError(f"A {type(model).__name__} has no activation checkpointing; leave out --checkpointing.")
     recipe = recipe.with_(sites=task.sites(recipe.sites, model))
     report = targets(model, recipe)
     stats = None

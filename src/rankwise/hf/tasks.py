@@ -192,7 +192,7 @@ class SequenceClassification(TextTask):
     def sites(self, sites: Sites, model: nn.Module) -> Sites:
         heads = [name for name, _ in model.named_children() if name in HEADS]
         inside = tuple(Target(f"{name}.*", "glob", optional=True) for name in heads)
-        train = (*sites.train, *(Target(name) for name in heads))
+        train = (*sites.train, *(Target(name, "regex") for name in heads))  # not what is called so further inside
         return replace(sites, train=train, exclude=(*sites.exclude, *inside))
 
     def collator(self, processor: Any) -> Any:

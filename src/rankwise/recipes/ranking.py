@@ -16,7 +16,7 @@ __all__ = [
 
 def adalora(
     rank: int = 12,
-    budget: float = 8.0,
+    budget: float | None = None,
     steps: int = 1000,
     warmup: int = 0,
     final: int = 0,
@@ -30,7 +30,7 @@ def adalora(
 
     Args:
         rank: r to begin with; the paper takes 1.5 times the budget.
-        budget: ranks that are left, on average over the layers.
+        budget: ranks that are left, on average over the layers; None for two thirds of r.
         steps: of the whole training; give your own.
         warmup: steps before the budget falls.
         final: steps at the end with the last masks.
@@ -52,7 +52,7 @@ def adalora(
         SVDForm(rank, rank if alpha is None else alpha),
         "Zhang et al. 2023, arXiv 2303.10512",
         init=Gaussian(0.02),
-        ranks=Budget(steps, budget, warmup, final, every),
+        ranks=Budget(steps, 2 * rank / 3 if budget is None else budget, warmup, final, every),
         penalties=(Orthogonality(),),
     )
 

@@ -13,6 +13,7 @@ from typing import Any, final
 
 import torch
 
+from rankwise._recipe import inner_rank
 from rankwise.attachment import Adapter, attach
 from rankwise.errors import DataError, DoesNotFit, PlanError, RankwiseError
 from rankwise.hf.method import recipe_of
@@ -222,7 +223,7 @@ def _step(run: Run, length: int, dtype: str, uniform: bool) -> Footprint:
     except RankwiseError:
         raise
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:  # code of the model's own
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise PlanError(
             f"A plan runs a step of {run.model} on tensors without values; found {type(error).__name__}: {reason}. "
             f"Measure a first step instead: rankwise finetune --steps 1."
@@ -245,13 +246,8 @@ def _changes(made: Plan) -> Iterator[list[dict[str, Any]]]:
     yield [{"max_length": t} for t in _halves(made.length, 64)]
     if run.base is None and find_spec("bitsandbytes"):
         yield [{"base": "int8"}, {"base": "nf4"}]
-    if rank := _rank(recipe_of(run).structure):
+    if rank := inner_rank(recipe_of(run).structure):
         yield [{"rank": r} for r in _halves(rank, 1)]
-
-
-def _rank(structure: Any) -> int | None:
-    inner = getattr(structure, "inner", None)
-    return getattr(structure, "rank", None) if inner is None else _rank(inner)
 
 
 def _remedies(made: Plan) -> Iterator[Remedy]:
@@ -261,7 +257,10 @@ def _remedies(made: Plan) -> Iterator[Remedy]:
 
         def fits(i: int, options: Any = options, tried: Any = tried) -> bool:
             run, length = replace(made.run, **options[i]), options[i].get("max_length", made.length)
-            peak = sum(_step(run, length, made.dtype, made.uniform).peak.values())
+            try:
+                peak = sum(_step(run, length, made.dtype, made.uniform).peak.values())
+            except PlanError:  # not with this model: it has no checkpoints, say
+                return False
             tried[i] = Remedy(options[i], peak)
             return peak <= made.memory
 
