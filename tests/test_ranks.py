@@ -82,6 +82,23 @@ def test_the_budget_falls_as_in_peft():
     assert plan.left(20, 16, 6) == int(10 * (1 - 13 / 32) ** 3 + 6)  # the paper's formula
 
 
+def test_a_site_may_learn_nothing_at_first():
+    """As one of an expert that no token reaches; a run resumed meanwhile is the same run."""
+    adapter = moved(attached(SVDForm(4, 4), Budget(8, budget=2)))
+    again = copy.deepcopy(adapter.model)
+    optimizer, other = adapter.optimizer(), rw.adapters(again)["default"].optimizer()
+    for step in range(6):
+        if step == 3:
+            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            again.load_state_dict(adapter.model.state_dict())
+        for model, mine in [(adapter.model, optimizer), (again, other)][: 1 + (step > 2)]:
+            (model if step > 3 else model[0])(x()).square().sum().backward()  # the second layer from step 4 on
+            mine.step()
+            mine.zero_grad()
+    for p, q in zip(adapter.model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_masks_are_those_of_pefts_allocator(every, seed):

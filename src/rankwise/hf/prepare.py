@@ -118,7 +118,7 @@ def prepare(run: Run, task: Task | None = None, listener: Stages | None = None) 
     set_seed(run.seed)
     model = task.model(run.model, train, processor, base=recipe.base, dtype=run.dtype)
     if run.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
-        raise TrainingError(f"A {type(model).__name__} has no activation checkpointing; leave out --checkpointing.")
+        raise TrainingError(f"{type(model).__name__} has no activation checkpointing; leave out --checkpointing.")
     recipe = recipe.with_(sites=task.sites(recipe.sites, model))
     report = targets(model, recipe)
     stats = None

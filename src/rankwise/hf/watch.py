@@ -183,7 +183,8 @@ class Watch(TrainerCallback):
             found = f"after step {step} none came to {len(silent)} of {whole}: {', '.join([*silent][:4])}"
             causes = "masked labels (-100), a weight read past its layer's forward, reentrant checkpointing"
             raise TrainingError(
-                f"Where tokens come by, gradients come back; {found}. Leave them out, or look for {causes}."
+                f"Where tokens come by, gradients come back; {found}. Leave them out (--target, "
+                f"Sites(exclude=...)), or look for {causes}."
             )
         idle = {site: (~routed).nonzero().flatten().tolist() for site, routed in self._routed.items() if every}
         experts = [f"{site}[{e}]" for site, numbers in idle.items() if site in alive for e in numbers]

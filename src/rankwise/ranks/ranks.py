@@ -73,7 +73,8 @@ def carry_out(sites: Iterable[SiteFactors], plan: Plan, optimizer: torch.optim.O
             live[factor].copy_(value)
         if optimizer is not None:
             for factor, values in plan.memory.get(name, {}).items():
-                optimizer.state[live[factor]].update(values)
+                if live[factor].grad is not None or live[factor] in optimizer.state:  # else Adam takes it for begun
+                    optimizer.state[live[factor]].update(values)
 
 
 # -- what plans are made of -----------------------------------------------------------------------
