@@ -51,9 +51,8 @@ def run_routed(holder: Adapters, rows: tuple[str | None, ...], base: Host, x: Te
     """Each row of the batch through its own adapter; equal structures run as one batch (L3)."""
     flat = x.dim() == (2 if x.is_floating_point() else 1)  # one token a row, or the tokens of all rows in their order
     tokens = 0 if torch.compiler.is_compiling() else holder.registry.activity.tokens
-    levels = [level for row in dict.fromkeys(rows) for level in holder.active(normal(row), LAYER)]
-    sorted_out = flat and any(_EXPERT.search(level.site.name) for level in levels)
-    if sorted_out or len(x) != len(rows) and not (flat and len(x) == len(rows) * tokens):
+    names = {level.site.name for row in rows for level in holder.active(normal(row), LAYER)} if flat else ()
+    if any(map(_EXPERT.search, names)) or len(x) != len(rows) and not (flat and len(x) == len(rows) * tokens):
         raise ActivityError(
             f"A routing names one adapter a row of the batch; found {len(rows)} names, an input of shape "
             f"{tuple(x.shape)}. Repeat each name for every beam or sequence; leave out layers that see no such rows."
