@@ -132,11 +132,15 @@ def built(name: str, auto: Any = transformers.AutoModel) -> tuple[Any, dict[str,
     return model, given
 
 
-def forward(model: Any, given: Mapping[str, Tensor]) -> Tensor:
-    """All floating tensors that the model returns, in a row, with the same draws at each call."""
+def returned(model: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
+    """The floating tensors that the model returns, with the same draws at each call."""
     transformers.set_seed(0)
-    found = [v for v in model(**given).values() if isinstance(v, Tensor) and v.is_floating_point()]
-    return torch.cat([v.flatten() for v in found])
+    return [v for v in model(**given).values() if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def forward(model: Any, given: Mapping[str, Tensor]) -> Tensor:
+    """All that the model returns, in a row."""
+    return torch.cat([v.flatten() for v in returned(model, given)])
 
 
 @torch.no_grad()
@@ -252,10 +256,8 @@ def routing_problems(base: Any, given: Mapping[str, Tensor], method: str) -> lis
 
 @torch.no_grad()
 def by_row(model: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
-    """The floating tensors that the model returns, of those with an entry a row of the batch."""
-    transformers.set_seed(0)
-    found = [v for v in model.eval()(**given).values() if isinstance(v, Tensor) and v.is_floating_point()]
-    return [v.clone() for v in found if len(v) == 2]
+    """What the model returns in evaluation mode, where it has an entry a row of the batch."""
+    return [v.clone() for v in returned(model.eval(), given) if len(v) == 2]
 
 
 def language_problems(model: Any, given: Mapping[str, Tensor]) -> list[str]:
@@ -312,9 +314,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("methods", nargs="*", default=["lora", "dora"])
     parser.add_argument("--only", nargs="*", help="architectures, by transformers' model_type")
-    parser.add_argument("--language", action="store_true", help="losses of language models instead")
-    parser.add_argument("--route", action="store_true", help="a batch with the adapter on one of its two rows instead")
-    parser.add_argument("--autocast", action="store_true", help="train in bfloat16's autocast")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--language", action="store_true", help="losses of language models instead")
+    one.add_argument("--route", action="store_true", help="a batch with the adapter on one of its two rows instead")
+    one.add_argument("--autocast", action="store_true", help="train in bfloat16's autocast")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
