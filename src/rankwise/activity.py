@@ -48,7 +48,7 @@ class Activity:
 
     def __init__(self) -> None:
         self.choice: Choice = ()
-        self.tokens = 0  # of a routed row, by the last layer that saw rows
+        self.tokens_a_row = 0  # of a routed batch, by the last layer that saw rows
         self.may_checkpoint = True  # False where gradients were off when the context was opened
         self.depth = 0
         self.thread: int | None = None

@@ -50,7 +50,7 @@ def _together(levels: list[SiteFactors], base: Host, x: Tensor) -> Tensor:
 def run_routed(holder: Adapters, rows: tuple[str | None, ...], base: Host, x: Tensor) -> Tensor:
     """Each row of the batch through its own adapter; equal structures run as one batch (L3)."""
     flat = x.dim() == (2 if x.is_floating_point() else 1)  # one token a row, or the tokens of all rows in their order
-    tokens = 0 if torch.compiler.is_compiling() else holder.registry.activity.tokens
+    tokens = 0 if torch.compiler.is_compiling() else holder.registry.activity.tokens_a_row
     names = {level.site.name for row in rows for level in holder.active(normal(row), LAYER)} if flat else ()
     if any(map(_EXPERT.search, names)) or len(x) != len(rows) and not (flat and len(x) == len(rows) * tokens):
         raise ActivityError(
@@ -81,7 +81,7 @@ def _layer_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
         choice = holder.choice()
         routed = isinstance(choice, Routing)
         if routed and x.dim() == 3 and not torch.compiler.is_compiling():
-            holder.registry.activity.tokens = x.shape[1]
+            holder.registry.activity.tokens_a_row = x.shape[1]
         if holder.watches:
             holder.watch(choice, LAYER, x)
         if holder.siblings is not None:
